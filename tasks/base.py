@@ -1,0 +1,177 @@
+"""What a task is: data that can be drawn again, and the yardstick for the answers.
+
+A task keeps no random state. Training batch `i` is a pure function of the task's seed and `i`,
+so a resumed run, or a run on another number of workers, needs no saved data order; validation
+and test sets are the same in every epoch and in every run with that seed.
+"""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, IterableDataset
+
+from tasks.batch import IGNORE, Batch, BatchSet, deal
+from tasks.metrics import Metrics
+
+__all__ = ["IGNORE", "Batch", "BatchSet", "EvalSplit", "Facts", "Task"]
+
+EvalSplit = Literal["val", "test"]
+Facts = dict[str, float | int | str]
+
+# The first half of a random stream's spawn key. Two keys that differ anywhere give independent
+# streams (numpy.random.SeedSequence), so no split can draw another split's examples by index.
+STREAMS = {"train": 0, "val": 1, "test": 2}
+
+
+class Task(LightningDataModule, ABC):
+    """Training batches without end, two fixed evaluation sets, and how answers are scored.
+
+    Attributes:
+        name: short name for tables and run directories.
+        monitor: the metric that tells two models apart, a key of `metrics().compute()`.
+        monitor_mode: whether a larger (`"max"`) or a smaller (`"min"`) value is better.
+        continues: whether each evaluation batch continues the sequences of the one before, so
+            that a model's state may be carried over; if not, examples are independent.
+
+    Args:
+        vocab_size: token ids are in `[0, vocab_size)`.
+        seq_len: the longest sequence the task hands out unless asked for longer ones.
+        batch_size: examples in a training batch.
+        seed: all randomness of the data follows from it; in `[0, 2**32)`.
+    """
+
+    name: str
+    monitor: str
+    monitor_mode: Literal["min", "max"]
+    continues: bool = False
+
+    def __init__(self, *, vocab_size: int, seq_len: int, batch_size: int, seed: int) -> None:
+        super().__init__()
+        for label, value in {"vocab_size": vocab_size, "seq_len": seq_len}.items():
+            if value < 2:
+                raise ValueError(f"{label} ({value}) must be at least 2")
+        if batch_size < 1:
+            raise ValueError(f"batch_size ({batch_size}) must be at least 1")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed ({seed}) must be in [0, 2**32)")
+        self.vocab_size = vocab_size
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.seed = seed
+
+    @property
+    @abstractmethod
+    def guess_level(self) -> float:
+        """The expected value of `monitor` for a guesser that has learnt no more than counts."""
+
+    @abstractmethod
+    def metrics(self) -> Metrics:
+        """A fresh accumulator."""
+
+    @abstractmethod
+    def train_batch(self, index: int) -> Batch:
+        """Training batch `index`: a pure function of the seed and the index."""
+
+    @abstractmethod
+    def eval_batches(self, split: EvalSplit) -> BatchSet:
+        """The fixed batches of `"val"` or `"test"`; may be iterated any number of times."""
+
+    def facts(self) -> Facts:
+        """What to record with a run, so that its numbers can be read later."""
+        return {
+            "task": self.name,
+            "vocab_size": self.vocab_size,
+            "seq_len": self.seq_len,
+            "batch_size": self.batch_size,
+            "data_seed": self.seed,
+            "guess_level": self.guess_level,
+        }
+
+    def rng(self, split: str, index: int) -> np.random.Generator:
+        """The random stream of one batch, independent of every other stream of the task.
+
+        Args:
+            split: `"train"`, `"val"` or `"test"`.
+            index: which batch (training) or which part of the fixed set (evaluation).
+        """
+        key = (STREAMS[split], index)
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
+
+    def train_indices(self) -> Iterator[int]:
+        """Which training batches this process reads from now on.
+
+        The optimiser steps already taken, which a checkpoint restores, say how many batches are
+        behind us. This holds for a run with one optimiser, as Lightning counts the steps of all,
+        whose length is set by `max_steps` rather than by epochs, at whose ends Lightning takes a
+        step on however few batches it has accumulated.
+        """
+        trainer = self.trainer
+        if trainer is None:
+            return itertools.count()
+        rounds = trainer.global_step * trainer.accumulate_grad_batches
+        return itertools.count(
+            rounds * trainer.world_size + trainer.global_rank, trainer.world_size
+        )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Batches without end, from where training stands each time it is iterated."""
+        return _loader(_TrainStream(self))
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """This rank's share of the validation set."""
+        return _loader(_EvalStream(self, "val"))
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """This rank's share of the test set."""
+        return _loader(_EvalStream(self, "test"))
+
+
+class _TrainStream(IterableDataset[Batch]):
+    """The training batches of a task, from where its trainer stands when iteration starts."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __iter__(self) -> Iterator[Batch]:
+        # Asked for here rather than when the loader is built: an epoch of limited length
+        # iterates the same loader again, further on in training.
+        return map(self.task.train_batch, self.task.train_indices())
+
+
+class _EvalStream(IterableDataset[Batch]):
+    """This rank's share of a fixed evaluation set."""
+
+    def __init__(self, task: Task, split: EvalSplit) -> None:
+        self.task = task
+        self.split = split
+
+    def __iter__(self) -> Iterator[Batch]:
+        trainer = self.task.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        return deal(self.task.eval_batches(self.split), rank, world_size)
+
+
+def _loader(stream: IterableDataset[Batch]) -> DataLoader[Batch]:
+    """Wraps a stream whose items are whole batches.
+
+    The loader draws a base seed whenever it is iterated: with a generator of its own, evaluating
+    in the middle of a run leaves torch's global random state, and so the run, untouched. Batches
+    are made in the training process (no workers): they take milliseconds, and need no copying.
+    """
+    return DataLoader(
+        stream, batch_size=None, num_workers=0, generator=torch.Generator(), collate_fn=_as_is
+    )
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def as_list(values: int | Iterable[int]) -> list[int]:
+    """One number, or several in any sequence type, as a list."""
+    return [values] if isinstance(values, int) else [int(value) for value in values]
