@@ -1,0 +1,275 @@
+"""The gated delta rule, chunk by chunk, with a hand-written backward pass.
+
+The derivation, cost and measurements are in the README beside this file; names follow it. All
+work is on stacks of tiles [N * M, ...]: N chunks by M = B * H memories, chunks outermost. One
+product serves queries and keys where it can: `x` holds the scaled queries above the keys times
+-beta, and everything that follows from it has 2C rows.
+
+Shapes: B batch, T time, H heads, K key width, V value width, C chunk, N chunks, M = B * H.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ops.gated_delta.tiles import Tiling
+from ops.gated_delta.triangular import inverse_of_one_minus
+from ops.precision import without_autocast
+
+
+class _Gates(NamedTuple):
+    """Gates in tiles [N * M, C, 1]; decays are powers of 2, as exp is slow where it underflows."""
+
+    log: Tensor  # G, inclusive sum of the base-2 log decays since the chunk's first token
+    since: Tensor  # 2^G, decay from before the chunk to each token
+    until: Tensor  # 2^(G_C - G), decay from each token to the chunk's end
+    whole: Tensor  # 2^(G_C), [N * M, 1, 1]
+    beta: Tensor
+
+    @classmethod
+    def of(cls, g: Tensor, beta: Tensor, tiling: Tiling) -> "_Gates":
+        """Gates of all chunks, from g and beta [B, T, H]."""
+        log = tiling.tiles(g[..., None], tiling.all).mul(math.log2(math.e)).cumsum(1)
+        last = log[:, -1:]
+        beta = tiling.tiles(beta[..., None], tiling.all)
+        return cls(log, log.exp2(), (last - log).exp2(), last.exp2(), beta)
+
+    def part(self, part: slice, memories: int) -> "_Gates":
+        """Gates of some chunks."""
+        rows = slice(part.start * memories, part.stop * memories)
+        return _Gates(*(x[rows] for x in self))
+
+
+class _Operands(NamedTuple):
+    """What a segment needs before its first state is known."""
+
+    x: Tensor  # [N * M, 2C, K], scaled queries above keys times -beta
+    k: Tensor  # [N * M, C, K]
+    decay: Tensor  # [N * M, 1, C, C], 2^(G_i - G_j) for i >= j, 0 above the diagonal
+    scores: Tensor  # [N * M, 2, C, C], x k^T times decay: what is read, what is corrected
+
+    inverse: Tensor  # [N * M, C, C], of one minus the corrections: the solve within a chunk
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, gates: _Gates, scale: float) -> "_Operands":
+        """Operands from the tiled views q and k [N, B, H, C, K]."""
+        n, b, h, c, width = k.shape
+        x = k.new_empty(n, b, h, 2 * c, width)
+        torch.mul(q, scale, out=x[..., :c, :])
+        torch.mul(k, gates.beta.neg().view(n, b, h, c, 1), out=x[..., c:, :])
+        x, k = x.view(-1, 2 * c, width), k.reshape(-1, c, width)
+        # Masked before exp2 so that no exponent is positive, and after it to leave exact zeros.
+        decay = (gates.log - gates.log.mT).tril_().exp2_().tril_()[:, None]
+        scores = torch.bmm(x, k.mT).view(-1, 2, c, c).mul_(decay)
+        return cls(x, k, decay, scores, inverse_of_one_minus(scores[:, 1]))
+
+
+def _forward_segment(
+    ops: _Operands, v: Tensor, gates: _Gates, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Outputs [N * M, C, V] and states [N + 1, M, K, V] of a segment; overwrites ops.x and v."""
+    m, c = len(state), v.shape[1]
+    xs = ops.x.mul_(gates.since.repeat(1, 2, 1))
+    target, written = v.mul_(gates.beta), ops.k * gates.until
+    u = torch.empty_like(v)
+    s = state.new_empty(len(v) // m + 1, *state.shape)
+    s[0] = state
+    operands = (target, xs[:, c:], ops.inverse, u, gates.whole, written.mT)
+    chunks = zip(*(x.split(m) for x in operands), s[:-1], s[1:], strict=True)
+    for target_n, read, inverse, u_n, whole, write, before, after in chunks:
+        torch.bmm(inverse, target_n.baddbmm_(read, before), out=u_n)
+        torch.mul(before, whole, out=after).baddbmm_(write, u_n)
+    y = torch.bmm(xs[:, :c], s[:-1].flatten(0, 1)).baddbmm_(ops.scores[:, 0], u)
+    return y, s
+
+
+def _backward_scan(
+    ops: _Operands, xs: Tensor, gates: _Gates, dy: Tensor, dstate: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the solves' right sides [N * M, C, V] and of the states [N + 1, M, K, V]."""
+    m, c = len(dstate), dy.shape[1]
+    du, written = torch.bmm(ops.scores[:, 0].mT, dy), ops.k * gates.until
+    dr = torch.empty_like(du)
+    ds = dstate.new_empty(len(dy) // m + 1, *dstate.shape)
+    torch.bmm(xs[:, :c].mT, dy, out=ds[:-1].flatten(0, 1))
+    ds[-1] = dstate
+    operands = (du, written, ops.inverse.mT, dr, gates.whole, xs[:, c:].mT)
+    chunks = list(zip(*(x.split(m) for x in operands), ds[:-1], ds[1:], strict=True))
+    for du_n, write, inverse, dr_n, whole, read, before, after in reversed(chunks):
+        torch.bmm(inverse, du_n.baddbmm_(write, after), out=dr_n)
+        before.addcmul_(after, whole).baddbmm_(read, dr_n)
+    return dr, ds
+
+
+class _Grads(NamedTuple):
+    """Gradients of a segment in tiles; that of the state before it is [M, K, V]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    state: Tensor
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of rows, [..., C, D] -> [..., C, 1]."""
+    return torch.linalg.vecdot(a, b)[..., None]
+
+
+def _decay_gradient(
+    gates: _Gates, read: Tensor, written: Tensor, passed: Tensor, carried: Tensor
+) -> Tensor:
+    """Gradient [N * M, C, 1] of g from the shares of the result that its decays scale.
+
+    Every use of token i as a reader carries exp(G_i), every use as a writer exp(-G_i) or, in the
+    state handed on (`passed`), exp(G_C - G_i). The sums below add only terms that g_t scales, so
+    that nothing larger than the result cancels, however strong the decay.
+    """
+    dg = (read - written).flip(1).cumsum(1).flip(1)
+    dg[:, 1:] += passed[:, :-1].cumsum(1)
+    return dg.add_(gates.whole * carried)
+
+
+def _backward_segment(
+    ops: _Operands, s: Tensor, v: Tensor, gates: _Gates, dy: Tensor, dstate: Tensor
+) -> _Grads:
+    """Gradients of a segment from those of its outputs and last state; q's lacks the scale."""
+    x, k, c = ops.x, ops.k, dy.shape[1]
+    since = gates.since.repeat(1, 2, 1)
+    xs, before = x * since, s[:-1].flatten(0, 1)
+    u = torch.bmm(ops.inverse, (v * gates.beta).baddbmm_(xs[:, c:], before))
+    dr, ds = _backward_scan(ops, xs, gates, dy, dstate)
+    after = ds[1:].flatten(0, 1)
+
+    rows = torch.cat((dy, dr), 1)  # gradients of what the rows of x read
+    dscores = torch.bmm(rows, u.mT).view(-1, 2, c, c).mul_(ops.decay)
+    diagonal = dscores.diagonal(0, -2, -1)
+    own = diagonal[:, 0, :, None].clone()  # a token reading its own write: no decay is involved
+    diagonal.zero_()
+    dscores = dscores.view(-1, 2 * c, c)
+    dx = torch.bmm(dscores, k).baddbmm_(rows.mul_(since), before.mT)
+    dk = torch.bmm(dscores.mT, x)
+    dwritten = torch.bmm(u, after.mT)
+
+    dq, dread = dx[:, :c], dx[:, c:]
+    corrected = _dot(k, dread)
+    read = _dot(x[:, :c], dq) - corrected * gates.beta
+    passed = _dot(k, dwritten) * gates.until
+    carried = (before * after).sum((1, 2), keepdim=True)
+    dg = _decay_gradient(gates, read, _dot(k, dk), passed, carried)
+    dbeta = _dot(v, dr) - corrected
+    dk.addcmul_(dwritten, gates.until).addcmul_(dread, gates.beta, value=-1)
+    dk.addcmul_(own, x[:, :c])
+    dq.addcmul_(own, k)
+    return _Grads(dq, dk, dr.mul_(gates.beta), dg, dbeta, ds[0])
+
+
+class _GatedDelta(torch.autograd.Function):
+    """The chunked form with its analytic gradient, segment by segment.
+
+    Only the states between chunks are kept for the backward pass; the rest is computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        state: Tensor,
+        scale: float,
+        chunk_size: int,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor]:
+        tiling = Tiling.of(k, v, chunk_size, state.dtype)
+        gates = _Gates.of(g, beta, tiling)
+        y = torch.empty_like(v, memory_format=torch.contiguous_format)
+        last, kept = state.flatten(0, 1), []
+        for part in tiling.segments():
+            gate = gates.part(part, tiling.memories)
+            ops = _Operands.of(tiling.read(q, part), tiling.read(k, part), gate, scale)
+            out, s = _forward_segment(ops, tiling.tiles(v, part), gate, last)
+            tiling.write(y, out, part)
+            last = s[-1]
+            if keep:
+                kept.append(s)
+        ctx.save_for_backward(q, k, v, g, beta, *kept)
+        ctx.tiling, ctx.scale = tiling, scale
+        return y, last.clone().view(state.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, g, beta, *kept = ctx.saved_tensors
+        tiling: Tiling = ctx.tiling
+        gates = _Gates.of(g, beta, tiling)
+        grads = [x.new_empty(x.shape) for x in (q, k, v, g, beta)]
+        outs = [*grads[:3], grads[3][..., None], grads[4][..., None]]
+        ds = dstate.flatten(0, 1)
+        for part, s in reversed(list(zip(tiling.segments(), kept, strict=True))):
+            gate = gates.part(part, tiling.memories)
+            ops = _Operands.of(tiling.read(q, part), tiling.read(k, part), gate, ctx.scale)
+            v_n, dy_n = tiling.tiles(v, part), tiling.tiles(dy, part)
+            grad = _backward_segment(ops, s, v_n, gate, dy_n, ds)
+            grad.q.mul_(ctx.scale)
+            for out, tiles in zip(outs, grad[:5], strict=True):
+                tiling.write(out, tiles, part)
+            ds = grad.state
+        return (*grads, ds.view(dstate.shape), None, None, None)
+
+
+@torch.compiler.disable
+@without_autocast
+def gated_delta_chunk(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    g: Float[Tensor, "B T H"],
+    beta: Float[Tensor, "B T H"],
+    state: Float[Tensor, "B H K V"] | None = None,
+    *,
+    scale: float | None = None,
+    chunk_size: int = 64,
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
+    """Compute `gated_delta_naive` in chunks, where almost all arithmetic is matrix products.
+
+    Time is linear in T at any length, and beyond inputs and outputs the memory is that of one
+    segment of a few chunks, plus T / chunk_size states when a gradient is wanted. Exact for any
+    g <= 0, however strong: only differences of log decays of known sign are exponentiated.
+    The gradient is analytic; it cannot be differentiated again. Compiled callers see one opaque
+    call (a graph break).
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        g: Natural logarithm of the decay, at most 0.
+        beta: Strength of each write.
+        state: State before the first token, fp32 (fp64 for fp64 inputs); zeros when None.
+        scale: Factor on the read; K ** -0.5 when None.
+        chunk_size: Tokens a chunk, a power of two of at least 4. Changes cost, not the function.
+
+    Returns:
+        The reads, in the dtype of `v`, and the state after the last token, in fp32 (fp64 for fp64
+        inputs). Arithmetic is done in the dtype of the state.
+
+    Raises:
+        ValueError: If `chunk_size` is not a power of two of at least 4.
+    """
+    if chunk_size < 4 or chunk_size & (chunk_size - 1):
+        raise ValueError(f"chunk_size is {chunk_size}; it must be a power of two, at least 4")
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    if state is None:
+        batch, _, heads, width = k.shape
+        state = v.new_zeros(batch, heads, width, v.shape[-1], dtype=dtype)
+    tensors = (q, k, v, g, beta, state.to(dtype))
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return _GatedDelta.apply(*tensors, scale, chunk_size, keep)
