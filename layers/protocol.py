@@ -1,0 +1,133 @@
+"""The one protocol: what every layer takes, returns and promises.
+
+A layer maps a sequence to a sequence and carries what it remembers in an explicit state:
+
+* **Split rule.** Feeding a sequence in any pieces, down to one token at a time, with the state
+  carried, gives the output of feeding it whole. One `forward` therefore serves training, prefill,
+  decoding and segment recurrence, and causality follows from it.
+* Nothing that belongs to a sequence lives on the module, so one layer serves many sequences.
+* A state is a pytree of tensors whose first axis is the batch: it can be indexed, repeated,
+  detached, moved and saved with the functions below. `None` is the state of a stateless layer.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+State = Any
+"""A pytree of tensors (batch first), or None. Its structure is fixed for a given layer."""
+
+NO_AUX: Mapping[str, Tensor] = {}
+
+
+class Output(NamedTuple):
+    """What a layer returns.
+
+    Attributes:
+        y: `[B, T, D]`, the transformed sequence.
+        state: what the layer remembers after the last token; None for a stateless layer.
+        aux: named scalars, empty by default. A name whose last part begins with `loss_` is added
+            to the training loss; every other name is telemetry.
+    """
+
+    y: Tensor
+    state: State = None
+    aux: Mapping[str, Tensor] = NO_AUX
+
+
+class Layer(nn.Module):
+    """Base of all layers: `d_model` first in the constructor, then keyword-only arguments.
+
+    The linear map through which a layer writes to the residual stream is named `out_proj`, so that
+    a model can scale it with depth.
+    """
+
+    def forward(self, x: Float[Tensor, "b t d"], state: State = None) -> Output:
+        """Transforms `x`, continuing from `state` (None: the start of a sequence)."""
+        raise TypeError(f"{type(self).__name__} does not define forward")
+
+    def init_state(self, batch_size: int) -> State:
+        """The state before the first token, on the device of the parameters."""
+        return None
+
+    def state_size(self, seq_len: int) -> int:
+        """Scalars held per sequence after `seq_len` tokens."""
+        return 0
+
+    def active_parameters(self) -> int:
+        """Parameters that one token touches; all of them unless a layer selects among its own."""
+        return sum(p.numel() for p in self.parameters())
+
+
+class LayerList(nn.ModuleList):
+    """A module list whose items are known to be layers."""
+
+    def __iter__(self) -> Iterator[Layer]:
+        """The layers in order."""
+        return iter(self._modules.values())  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Layer:  # type: ignore[override]
+        """One layer."""
+        layer = super().__getitem__(index)
+        assert isinstance(layer, Layer)
+        return layer
+
+
+Recipe = Callable[[int], Layer]
+"""A layer still waiting for its `d_model`: what a model or a combinator is given to build."""
+
+
+def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
+    """Applies `function` to every tensor of a state."""
+    return pytree.tree_map_only(Tensor, function, state)
+
+
+def state_tensors(state: State) -> list[Tensor]:
+    """The tensors of a state, in a fixed order."""
+    return [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
+
+
+def detach_state(state: State) -> State:
+    """The same memory without its history: cuts back-propagation through time."""
+    return map_state(Tensor.detach, state)
+
+
+def select_state(state: State, rows: Tensor) -> State:
+    """The states of the given batch rows: reorders beams, repeats a prompt, drops sequences."""
+    return map_state(lambda t: t.index_select(0, rows), state)
+
+
+def save_state(state: State, path: str | Path) -> None:
+    """Writes a state's tensors; `load_state` reads them back."""
+    torch.save(state_tensors(state), path)
+
+
+def load_state(path: str | Path, like: State) -> State:
+    """Reads a saved state into the structure of `like`, a state of the same layer.
+
+    Raises:
+        ValueError: the file holds another number of tensors than `like`.
+    """
+    saved = torch.load(path, weights_only=True)
+    leaves, spec = pytree.tree_flatten(like)
+    slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    if len(saved) != len(slots):
+        raise ValueError(f"{path} holds {len(saved)} tensors; this layer's state has {len(slots)}")
+    for slot, tensor in zip(slots, saved, strict=True):
+        leaves[slot] = tensor.to(leaves[slot].device)
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def is_loss(name: str) -> bool:
+    """Whether an entry of `Output.aux` is a loss (`loss_...`) rather than telemetry."""
+    return name.rsplit("/", 1)[-1].startswith("loss_")
+
+
+def join_aux(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Merges the `aux` of several layers, each under its own prefix."""
+    return {f"{prefix}/{name}": v for prefix, aux in parts.items() for name, v in aux.items()}

@@ -1,0 +1,54 @@
+"""The short causal convolution: shifts and mixes the last few tokens of each channel."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from layers.protocol import Layer, Output
+from layers.registry import register
+from ops.short_convolution import short_convolution
+
+
+class ConvState(NamedTuple):
+    """The last `conv_size - 1` inputs: `[B, conv_size - 1, D]`."""
+
+    tail: Float[Tensor, "b w d"]
+
+
+@register(default={"conv_size": 4}, pointwise={"conv_size": 1})
+class ShortConvolution(Layer):
+    """`y_t = sum_j w_j * x_{t-j}` per channel, j = 0 .. conv_size - 1, zeros before the start.
+
+    A matrix memory without it cannot shift a key onto its value; see "Zoology" (arXiv 2312.04927)
+    and the ablations of "Gated Delta Networks" (arXiv 2412.06464).
+
+    Args:
+        d_model: channels D.
+        conv_size: taps; default 4, the width of Mamba (arXiv 2312.00752) and its successors.
+
+    Weights start uniform in `+-conv_size**-0.5`, as PyTorch's depthwise Conv1d does.
+    """
+
+    def __init__(self, d_model: int, *, conv_size: int = 4) -> None:
+        super().__init__()
+        if conv_size < 1:
+            raise ValueError(f"conv_size must be 1 or more, got {conv_size}")
+        self.weight = nn.Parameter(torch.empty(d_model, conv_size))
+        nn.init.uniform_(self.weight, -(conv_size**-0.5), conv_size**-0.5)
+
+    def forward(self, x: Float[Tensor, "b t d"], state: ConvState | None = None) -> Output:
+        """Convolves `x`, continuing from the inputs in `state`."""
+        y, tail = short_convolution(x, self.weight, None if state is None else state.tail)
+        return Output(y, ConvState(tail))
+
+    def init_state(self, batch_size: int) -> ConvState:
+        """Zeros."""
+        channels, taps = self.weight.shape
+        return ConvState(self.weight.new_zeros(batch_size, taps - 1, channels))
+
+    def state_size(self, seq_len: int) -> int:
+        """`(conv_size - 1) D`, whatever the length."""
+        channels, taps = self.weight.shape
+        return (taps - 1) * channels
