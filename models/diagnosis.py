@@ -1,0 +1,42 @@
+"""Finding where a forward pass first went wrong."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient is no longer a number; training on would destroy the weights."""
+
+
+@torch.no_grad()
+def first_nonfinite(model: nn.Module, inputs: Tensor) -> str:
+    """Names the module whose output first holds a NaN or an infinity when `inputs` are read.
+
+    Returns:
+        The module's dotted name; if every output is finite, a sentence that says so.
+    """
+    guilty: list[str] = []
+
+    def watch(name: str, output: object) -> None:
+        tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+        if not guilty and not all(t.isfinite().all() for t in tensors if t.is_floating_point()):
+            guilty.append(name)
+
+    hooks = [
+        module.register_forward_hook(lambda _m, _args, output, name=name: watch(name, output))
+        for name, module in model.named_modules()
+        if name
+    ]
+    try:
+        model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return guilty[0] if guilty else "none (every activation is finite; the loss itself is not)"
+
+
+def nonfinite_gradients(model: nn.Module) -> list[str]:
+    """Names of the parameters whose gradient holds a NaN or an infinity."""
+    named = ((name, p.grad) for name, p in model.named_parameters())
+    return [name for name, grad in named if grad is not None and not grad.isfinite().all()]

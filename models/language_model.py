@@ -1,0 +1,128 @@
+"""One residual stack for every layer: embedding, blocks, final norm, head."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from layers import Layer, LayerList, Output, Recipe, Residual, Sequential, State, join_aux
+
+EMBEDDING_STD = 0.02  # GPT-2's; with a tied head it keeps the first logits near zero
+
+
+class LanguageModel(nn.Module):
+    """Maps tokens to logits through residual layers, with the state of all of them carried.
+
+    Block `i` is `pattern[i % len(pattern)]`, a list of layers each applied as
+    `x + layer(norm(x))`; so one attention block in four is a pattern of four blocks. The model
+    obeys the split rule of its layers: feeding a sequence in pieces with the state carried gives
+    the logits of feeding it whole.
+
+    Args:
+        d_model: width D of the residual stream.
+        vocab_size: tokens V.
+        n_layers: blocks.
+        pattern: recipes of the layers of each block; None entries are left out.
+        tie_embeddings: use the embedding as the output map; default True.
+        dropout: probability of dropping elements after the embedding and each layer; default 0.
+        checkpoint_blocks: recompute each block in backward instead of keeping what is inside;
+            default False.
+
+    Initialisation: embeddings and an untied head N(0, 0.02); the layers' own; then every
+    `out_proj` is divided by sqrt(number of residual layers), so that the variance of the stream
+    does not grow with depth (as GPT-2 does).
+
+    Raises:
+        ValueError: the pattern holds no layer, or n_layers is below 1.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        vocab_size: int,
+        n_layers: int,
+        pattern: Sequence[Sequence[Recipe | None]],
+        tie_embeddings: bool = True,
+        dropout: float = 0.0,
+        checkpoint_blocks: bool = False,
+    ) -> None:
+        super().__init__()
+        blocks = [[recipe for recipe in block if recipe is not None] for block in pattern]
+        if n_layers < 1 or not any(blocks):
+            raise ValueError(f"a model needs layers; got n_layers={n_layers}, pattern={pattern}")
+        self.vocab_size, self.checkpoint_blocks = vocab_size, checkpoint_blocks
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = LayerList(
+            _block(d_model, blocks[i % len(blocks)], dropout) for i in range(n_layers)
+        )
+        self.norm = nn.RMSNorm(d_model)
+        self.head = None if tie_embeddings else nn.Linear(d_model, vocab_size, bias=False)
+        self._init_weights()
+
+    def forward(
+        self, tokens: Int[Tensor, "b t"], state: State = None, *, keep_state: bool = True
+    ) -> Output:
+        """Logits `[B, T, V]` of the token that follows (or answers) each position.
+
+        Args:
+            tokens: `[B, T]`.
+            state: where an earlier call ended; None for the start of a sequence.
+            keep_state: return the state; training without it frees what only the state would hold.
+        """
+        x = self.dropout(self.embedding(tokens))
+        states = (None,) * len(self.blocks) if state is None else state
+        kept, auxes = [], {}
+        for i, (block, inner) in enumerate(zip(self.blocks, states, strict=True)):
+            x, inner, auxes[str(i)] = self._through(block, x, inner, keep_state)
+            kept.append(inner)
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        logits = F.linear(self.norm(x), weight)
+        return Output(logits, tuple(kept) if keep_state else None, join_aux(auxes))
+
+    def init_state(self, batch_size: int) -> State:
+        """The state before the first token."""
+        return tuple(block.init_state(batch_size) for block in self.blocks)
+
+    def state_size(self, seq_len: int) -> int:
+        """Scalars of state per sequence after `seq_len` tokens, over all layers."""
+        return sum(block.state_size(seq_len) for block in self.blocks)
+
+    def active_parameters(self) -> int:
+        """Parameters that one token touches: one row of an untied embedding, all of a tied one."""
+        total = sum(p.numel() for p in self.parameters())
+        layers = sum(p.numel() for p in self.blocks.parameters())
+        table = 0 if self.head is None else self.embedding.weight[1:].numel()
+        return total - layers - table + sum(block.active_parameters() for block in self.blocks)
+
+    def _through(self, block: Layer, x: Tensor, state: State, keep_state: bool) -> Output:
+        if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
+            return checkpoint(_run, block, x, state, keep_state, use_reentrant=False)
+        return _run(block, x, state, keep_state)
+
+    def _init_weights(self) -> None:
+        nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=EMBEDDING_STD)
+        residual = sum(isinstance(module, Residual) for module in self.modules())
+        with torch.no_grad():
+            for name, parameter in self.blocks.named_parameters():
+                if name.endswith("out_proj.weight"):
+                    parameter.div_(residual**0.5)
+
+
+def _block(d_model: int, layers: Sequence[Recipe], dropout: float) -> Sequential:
+    """The layers of one block, each as a residual step."""
+    steps = [partial(Residual, layer=layer, dropout=dropout) for layer in layers]
+    return Sequential(d_model, layers=steps)
+
+
+def _run(block: Layer, x: Tensor, state: State, keep_state: bool) -> Output:
+    """Applies a block, letting go of its state where nobody asked for it."""
+    output: Output = block(x, state)
+    return output if keep_state else output._replace(state=None)

@@ -1,0 +1,158 @@
+"""Training and validation of a language model on a task, for Lightning's Trainer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layers import is_loss
+from models.diagnosis import NonFiniteError, first_nonfinite, nonfinite_gradients
+from models.language_model import LanguageModel
+from models.parameter_groups import parameter_groups
+from models.schedules import Schedule
+from tasks.base import IGNORE, Batch
+from tasks.metrics import Metrics
+
+OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+class SequenceModule(LightningModule):
+    """Cross-entropy at the scored positions, plus the losses that layers report.
+
+    Randomness is a function of (seed, step, rank): every training batch reseeds, so that a resumed
+    run needs no saved random state to repeat what it would have drawn.
+
+    Args:
+        model: the model to train.
+        optimizer: makes the optimiser from parameter groups.
+        schedule: multiplier of the learning rate by step.
+        metrics: makes an empty accumulator of the task's metrics.
+        weight_decay: decay of matrices; vectors and scalars never decay.
+        log_every: updates between two logged rows.
+        seed: of dropout and whatever else draws in training.
+
+    Raises:
+        NonFiniteError: in training, when a loss or a gradient stops being finite.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        optimizer: OptimizerFactory,
+        schedule: Schedule,
+        metrics: Callable[[], Metrics],
+        weight_decay: float = 0.0,
+        log_every: int = 10,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.optimizer_factory = optimizer
+        self.schedule = schedule
+        self.metrics_factory = metrics
+        self.weight_decay = weight_decay
+        self.log_every = log_every
+        self.seed = seed
+        self.metrics = metrics()
+        self._pending: list[dict[str, Tensor]] = []  # losses since the last update
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """The optimiser over parameter groups, with the schedule applied after every update."""
+        optimizer = self.optimizer_factory(parameter_groups(self.model, self.weight_decay))
+        total = self.trainer.max_steps
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.schedule(step, total)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Makes this batch's randomness its own."""
+        torch.manual_seed(_mix(self.seed, batch_idx, self.global_rank))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of one batch."""
+        logits, _, aux = self.model(batch.inputs, keep_state=False)
+        task_loss = F.cross_entropy(
+            logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE
+        )
+        loss = task_loss + sum(value for name, value in aux.items() if is_loss(name))
+        if not loss.isfinite():
+            raise NonFiniteError(
+                f"the loss is {loss.item()} at step {self.global_step}; the first module with a "
+                f"non-finite output: {first_nonfinite(self.model, batch.inputs)}"
+            )
+        self.log("loss", task_loss.detach(), prog_bar=True, logger=False)
+        self._pending.append(
+            {"loss": task_loss.detach(), **{n: v.detach() for n, v in aux.items()}}
+        )
+        return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by global norm, and refuses to step on a gradient that is not finite."""
+        limit = float("inf") if gradient_clip_val is None else gradient_clip_val
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        if not norm.isfinite():
+            names = ", ".join(nonfinite_gradients(self.model)) or "none; their norm overflows"
+            raise NonFiniteError(
+                f"the gradient is not finite at step {self.global_step}, though the loss is; "
+                f"parameters with non-finite gradients: {names}"
+            )
+        self._log_update(norm, optimizer.param_groups[0]["lr"])
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts counting afresh."""
+        self.metrics = self.metrics_factory()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Counts one batch."""
+        self.metrics.update(self.model(batch.inputs, keep_state=False).y, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Adds the counts of all ranks and logs the metrics."""
+        counts = self.metrics.state().to(self.device)
+        self.metrics.load_sum(self.trainer.strategy.reduce(counts, reduce_op="sum"))
+        values = {f"val/{name}": value for name, value in self.metrics.compute().items()}
+        self.log_dict(values, logger=False, rank_zero_only=True)
+        self._write(values, self.global_step)
+
+    def _log_update(self, grad_norm: Tensor, lr: float) -> None:
+        """Writes the row of the update that is about to be made, numbered from 1.
+
+        It is on disk before any checkpoint that holds the update, so a run that is killed and
+        resumed has every row once. Losses are means over what the update accumulated.
+        """
+        pending, self._pending = self._pending, []
+        if (self.global_step + 1) % self.log_every:
+            return
+        means = {name: torch.stack([p[name] for p in pending]).mean() for name in pending[0]}
+        reduced = {
+            f"train/{name}": float(self.trainer.strategy.reduce(value, reduce_op="mean"))
+            for name, value in means.items()
+        }
+        row = {**reduced, "train/grad_norm": float(grad_norm), "train/lr": lr}
+        self._write(row, self.global_step + 1)
+
+    def _write(self, row: dict[str, float], step: int) -> None:
+        for logger in self.loggers:
+            logger.log_metrics(row, step)
+
+
+def _mix(*numbers: int) -> int:
+    """One 63-bit seed from several numbers, with no two small tuples alike."""
+    mixed = 0
+    for number in numbers:
+        mixed = (mixed * 0x9E3779B97F4A7C15 + number + 0x632BE59BD9B4E019) % 2**63
+    return mixed
