@@ -1,0 +1,1 @@
+"""What stands between a config and a result: checks, building, run directories, training."""

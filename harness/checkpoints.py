@@ -1,0 +1,237 @@
+"""Checkpoints that are whole or absent, and that say where they came from."""
+
+import io
+import json
+import signal
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from harness.check import Config
+from harness.run_directory import RunDirectory, RunError, write_atomically
+from models.diagnosis import NonFiniteError
+
+FORMAT = 1
+_KEY = "mneme"
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Writes to a temporary file, syncs and renames; reads tensors and plain values only."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None
+    ) -> None:
+        """Replaces the file at `path` whole."""
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(path), buffer.getvalue())
+
+    def load_checkpoint(
+        self, path: _PATH, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Reads a checkpoint of this project."""
+        return read_checkpoint(Path(path), map_location or "cpu")
+
+    def remove_checkpoint(self, path: _PATH) -> None:
+        """Deletes the file."""
+        Path(path).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Reads a checkpoint without executing anything that it holds.
+
+    Raises:
+        RunError: the file is missing, cut short, or not a checkpoint of this project.
+    """
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError as error:
+        raise RunError(f"there is no checkpoint at {path}") from error
+    except Exception as error:  # torch reports a broken file in as many ways as it can break
+        reason = str(error).strip().split("\n")[0]
+        raise RunError(f"{path} is truncated or not a checkpoint ({reason})") from error
+    if not isinstance(checkpoint, dict) or _KEY not in checkpoint:
+        raise RunError(f"{path} was not written by this project; nothing was loaded or overwritten")
+    found = checkpoint[_KEY]["format"]
+    if found != FORMAT:
+        raise RunError(f"{path} has checkpoint format {found}; this version reads {FORMAT}")
+    return dict(checkpoint)
+
+
+def checkpoint_config(checkpoint: dict[str, Any]) -> Config:
+    """The resolved config that a checkpoint carries; check it before building from it."""
+    config: Config = json.loads(checkpoint[_KEY]["config"])
+    return config
+
+
+def load_weights(model: torch.nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Copies the model's weights out of a checkpoint."""
+    weights = checkpoint["state_dict"]
+    own = {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
+    model.load_state_dict(own)
+
+
+def validates_after(trainer: Trainer, batches: int) -> bool:
+    """Whether a validation follows the first `batches` batches of training."""
+    assert isinstance(trainer.val_check_batch, int), (
+        "the trainer's config gives a number of batches"
+    )
+    return batches % trainer.val_check_batch == 0
+
+
+class EndOfStep(Callback):
+    """Calls `end_of_step` when an update is complete: after its validation, where it has one."""
+
+    def end_of_step(self, trainer: Trainer) -> None:
+        """What to do then."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """An update ends here unless it is half accumulated or a validation follows."""
+        accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
+        validating = validates_after(trainer, batch_idx + 1)
+        if not accumulating and not validating:
+            self.end_of_step(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The validation that followed an update is over."""
+        if not trainer.sanity_checking:
+            self.end_of_step(trainer)
+
+
+class Checkpoints(EndOfStep):
+    """Keeps `last.ckpt` and `best.ckpt`, each replaced whole.
+
+    Args:
+        run: where they go.
+        config: the resolved config, kept in each checkpoint.
+        every: updates between two writes of `last.ckpt`; it is also written at the end.
+        monitor: the validation metric that `best.ckpt` has the best value of.
+        mode: "min" or "max".
+    """
+
+    def __init__(
+        self, run: RunDirectory, config: Config, *, every: int, monitor: str, mode: str
+    ) -> None:
+        self.run, self.every, self.monitor = run, every, monitor
+        self.sign = {"min": -1.0, "max": 1.0}[mode]
+        self.header = {"format": FORMAT, "config": json.dumps(config)}
+        self.best: float | None = None
+        self.saved_step = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the best value so far."""
+        self.best = state_dict["best"]
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Marks the checkpoint as this project's and adds the config."""
+        checkpoint[_KEY] = self.header
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Says what there is to go back to when the run stops on a number that is none."""
+        if isinstance(exception, NonFiniteError):
+            good = f"step {self.saved_step}: {self.run.last}" if self.run.last.exists() else "none"
+            exception.args = (f"{exception}; last good checkpoint: {good}",)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the best before the newest, which carries the best value."""
+        value = trainer.callback_metrics.get(f"val/{self.monitor}")
+        if value is not None and not trainer.sanity_checking:
+            better = self.best is None or self.sign * (float(value) - self.best) > 0
+            if better:
+                self.best = float(value)
+                trainer.save_checkpoint(self.run.best)
+        super().on_validation_end(trainer, pl_module)
+
+    def end_of_step(self, trainer: Trainer) -> None:
+        """Saves when it is time."""
+        step = trainer.global_step
+        if step % self.every == 0 or step == trainer.max_steps:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Writes `last.ckpt`, once per step."""
+        if trainer.global_step != self.saved_step:
+            trainer.save_checkpoint(self.run.last)
+            self.saved_step = trainer.global_step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run has what it was resumed from; a new one can always go back to its start."""
+        if trainer.global_step == 0:
+            self.save(trainer)
+        self.saved_step = trainer.global_step
+
+
+class Interrupted(BaseException):
+    """The run was asked to stop by a signal, and has saved itself.
+
+    Not an Exception, so that it also ends the sweep that the run belongs to.
+
+    Attributes:
+        exit_status: of the process: 0 for SIGTERM (its sender expects a clean end), 130 for Ctrl-C.
+    """
+
+    def __init__(self, number: int, step: int, run: RunDirectory) -> None:
+        name = signal.Signals(number).name
+        super().__init__(
+            f"stopped by {name}; {step} steps are saved. Continue with: "
+            f"python train.py resume={run.path}"
+        )
+        self.exit_status = 130 if number == signal.SIGINT else 0
+
+
+class StopOnSignal(EndOfStep):
+    """On SIGTERM or SIGINT finishes the step, saves and stops; a second SIGINT stops at once."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+        self.received: int | None = None
+        self.previous: dict[int, Any] = {}
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts listening."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.previous[number] = signal.signal(number, self._receive)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops listening."""
+        self._restore()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Stops listening."""
+        self._restore()
+
+    def end_of_step(self, trainer: Trainer) -> None:
+        """Stops here if asked to."""
+        if self.received is not None:
+            self.checkpoints.save(trainer)
+            raise Interrupted(self.received, trainer.global_step, self.checkpoints.run)
+
+    def _receive(self, number: int, frame: types.FrameType | None) -> None:
+        if self.received == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def _restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous.clear()

@@ -1,0 +1,50 @@
+"""What a run shows on the terminal: one labelled progress bar, and only what matters."""
+
+import logging
+import re
+import warnings
+
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+
+# Remarks of libraries about themselves that no user of this project can act on.
+_REMARKS = (
+    ".*isinstance\\(treespec, LeafSpec\\).*",
+    ".*does not have many workers.*",
+    ".*`IterableDataset` has `__len__` defined.*",
+    ".*litlogger.*",
+    ".*is not resumable.*",  # the data order follows from the step (tasks/base.py)
+)
+
+
+def quiet_libraries() -> None:
+    """Silences notices that say nothing about the run; errors and other warnings stay."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for remark in _REMARKS:
+        warnings.filterwarnings("ignore", message=remark)
+
+
+class RunProgressBar(RichProgressBar):
+    """A progress bar named after the run; Lightning's counts epochs, and there are none.
+
+    Args:
+        label: what is being trained.
+    """
+
+    def __init__(self, label: str) -> None:
+        super().__init__(leave=True, theme=RichProgressBarTheme(metrics_format=".3g"))
+        self.label = label
+
+    @property
+    def total_train_batches(self) -> int:
+        """All batches of the run; Lightning's would leave out those before a resumption."""
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return self.label
+
+
+def label(run_name: str) -> str:
+    """The name of a run without its time stamp."""
+    return re.sub(r"^\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_", "", run_name)

@@ -1,0 +1,143 @@
+"""What `eval.py` does with its command line."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from harness.build import build
+from harness.check import Config
+from harness.checkpoints import checkpoint_config, read_checkpoint
+from harness.compose import CONFIG_DIR, compose_group, parse_overrides
+from harness.evaluation import Evaluation, evaluate, lengthened, restore_model
+from harness.provenance import provenance
+from harness.run_directory import RunDirectory, find_run
+from harness.schema import check_config, check_options
+from harness.training import blaming
+from tasks.base import Task
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """The options of eval.py; configs/eval.yaml explains them and holds the defaults."""
+
+    run: str
+    checkpoint: Literal["best", "last"]
+    split: Literal["val", "test"]
+    lengths: list[int] | None
+    carry: list[bool] | None
+
+
+def evaluate_command(arguments: Sequence[str]) -> list[Evaluation]:
+    """Evaluates a run as the command line says, prints a table and adds rows to the run.
+
+    Raises:
+        ConfigError: a mistake in the command line.
+        RunError: no usable run there.
+        FitError: the task does not fit the model.
+    """
+    own, task_overrides = _split(arguments)
+    asked = _options(own)
+    run, file = find_run(asked.run)
+    file = file or (run.best if asked.checkpoint == "best" else run.last)
+    checkpoint = read_checkpoint(file)
+    config = checkpoint_config(checkpoint)
+    check_config(config)
+    task = _task_config(config, task_overrides)
+    model = restore_model(config, checkpoint)
+    given_length = any(o.startswith("task.seq_len=") for o in task_overrides)
+    results = [
+        evaluate(model, built, split=asked.split, carry=carry)
+        for built in _tasks(task, asked.lengths or _default_lengths(task, given_length))
+        for carry in _carries(asked.carry, built)
+    ]
+    _record(run, file, asked, task, results)
+    print_evaluations(results, f"{file} on {task['_target_']} ({asked.split})")
+    return results
+
+
+def print_evaluations(results: Sequence[Evaluation], title: str) -> None:
+    """A table with a column per length and way of carrying the state, a row per metric."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("block of tokens")
+    for result in results:
+        table.add_column(f"{result.seq_len:,}", justify="right")
+    if any(result.carry for result in results):
+        table.add_row("state", *("carried" if result.carry else "fresh" for result in results))
+    for name in dict.fromkeys(name for result in results for name in result.metrics):
+        table.add_row(name, *(_number(result.metrics.get(name)) for result in results))
+    table.add_row("state bytes", *(f"{result.state_bytes:,}" for result in results))
+    table.add_row("tokens/s", *(f"{result.tokens_per_second:,.0f}" for result in results))
+    Console().print(table)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value == int(value) and value > 1 else f"{value:.4f}"
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides of eval.py itself, and those of the task."""
+    of_task = [a for a in arguments if a.split("=")[0].split(".")[0].lstrip("+") == "task"]
+    return [a for a in arguments if a not in of_task], of_task
+
+
+def _options(overrides: Sequence[str]) -> EvalOptions:
+    config = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "eval.yaml"))
+    assert isinstance(config, dict)
+    values = {str(key): value for key, value in config.items()}
+    values |= parse_overrides(overrides)
+    check_options(values, EvalOptions)
+    return EvalOptions(**values)
+
+
+def _task_config(config: Config, overrides: Sequence[str]) -> Config:
+    """The task to evaluate on: the run's or another, with the options given."""
+    if any(o.startswith("task=") for o in overrides):
+        return compose_group("task", [*overrides, f"seed={config['seed']}"])
+    changed = OmegaConf.create(config)
+    for key, value in parse_overrides(overrides).items():
+        OmegaConf.update(changed, key, value)
+    plain = OmegaConf.to_container(changed)
+    assert isinstance(plain, dict)
+    check_config({str(key): value for key, value in plain.items()})
+    task: Config = plain["task"]
+    return task
+
+
+def _tasks(config: Config, lengths: Sequence[int]) -> list[Task]:
+    with blaming("task"):
+        return [build(lengthened(config, multiple)) for multiple in lengths]
+
+
+def _default_lengths(task: Config, given_length: bool) -> list[int]:
+    return [1] if given_length or "seq_len" not in task else [1, 4, 16]
+
+
+def _carries(asked: list[bool] | None, task: Task) -> list[bool]:
+    if asked is not None:
+        return asked
+    return [False, True] if task.continues else [False]
+
+
+def _record(
+    run: RunDirectory, file: Path, asked: EvalOptions, task: Config, results: Sequence[Evaluation]
+) -> None:
+    """Appends a row per result to the run's evaluations.jsonl."""
+    facts: dict[str, Any] = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "checkpoint": file.name,
+        "split": asked.split,
+        "task": task,
+        **provenance(),
+    }
+    rows = [json.dumps(facts | asdict(result)) + "\n" for result in results]
+    with run.evaluations.open("a") as out:
+        out.writelines(rows)

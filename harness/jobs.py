@@ -1,0 +1,114 @@
+"""Starting, sweeping and resuming runs from the command line."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from harness.check import Config, ConfigError
+from harness.checkpoints import read_checkpoint
+from harness.run_directory import (
+    RunDirectory,
+    RunError,
+    find_run,
+    new_run_directory,
+    refuse_occupied,
+)
+from harness.schema import check_config, options
+from harness.training import prepare, train
+
+
+def start_run(config: Config, choices: Mapping[str, str]) -> tuple[RunDirectory, dict[str, Any]]:
+    """Trains a checked config in a run directory of its own, and says where that is.
+
+    Returns:
+        The run directory and the summary.
+    """
+    chosen = options(config)
+    refuse_occupied(chosen.run_dir)
+    prepared = prepare(config)
+    run = new_run_directory(chosen.run_dir, choices, chosen.seed)
+    run.write_config(config)
+    run.write_summary(choices=dict(choices))
+    summary = train(prepared, run)
+    _report(run, summary)
+    return run, summary
+
+
+def start_job(config: Config, choices: Mapping[str, str]) -> None:
+    """Trains as Hydra asks; one job of a sweep may fail without hiding the others."""
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        start_run(config, choices)
+        return
+    if config["run_dir"] is not None:
+        raise ConfigError(["run_dir: a sweep names its runs itself; set hydra.sweep.dir instead"])
+    run = RunDirectory(Path(hydra.runtime.output_dir))
+    overrides = [override.lstrip("+") for override in hydra.overrides.task]
+    run.write_summary(status="failed", overrides=overrides)
+    try:
+        start_run({**config, "run_dir": str(run.path)}, choices)
+    except Exception as error:  # every other job of the sweep still has its turn
+        run.write_summary(status="failed", error=f"{type(error).__name__}: {error}")
+        print(f"job {' '.join(overrides)} failed: {error}", file=sys.stderr)
+
+
+def resume_run(where: str, others: Sequence[str] = ()) -> None:
+    """Continues the run in a directory as if it had never stopped.
+
+    Raises:
+        RunError: there is no run, it has finished, or its checkpoint cannot be used.
+        ConfigError: its config does not fit this version of the project.
+    """
+    if others:
+        raise RunError(
+            f"resume continues a run exactly as it was; leave out {' '.join(others)}, "
+            "or start a new run with those options"
+        )
+    run, checkpoint = find_run(where)
+    if checkpoint not in (None, run.last):
+        raise RunError(f"a run resumes from its last checkpoint; give its directory: {run.path}")
+    config = run.read_config()
+    check_config(config)
+    step = int(read_checkpoint(run.last)["global_step"]) if run.last.exists() else 0
+    if run.read_summary().get("status") == "finished":
+        raise RunError(f"the run in {run.path} has finished, after {step} steps")
+    _report(run, train(prepare(config), run, resume_step=step))
+
+
+class SweepReport(Callback):
+    """Prints one line per job when a sweep ends; a failed job makes the sweep's exit status 1."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Reads the jobs' summaries, wherever they ran."""
+        directories = sorted(Path(config.hydra.sweep.dir).glob("*/summary.json"), key=_job_number)
+        rows = [(path.parent, json.loads(path.read_text())) for path in directories]
+        overrides = [row.get("overrides", []) for _, row in rows]
+        print("\nsweep:")
+        for directory, row in rows:
+            varied = [o for o in row.get("overrides", []) if not all(o in job for job in overrides)]
+            print(f"  {directory}  {' '.join(varied)}  {_outcome(row)}")
+        if any(row.get("status") != "finished" for _, row in rows):
+            sys.exit(1)
+
+
+def _job_number(path: Path) -> tuple[int, str]:
+    name = path.parent.name
+    return (int(name) if name.isdigit() else sys.maxsize, name)
+
+
+def _outcome(row: Mapping[str, Any]) -> str:
+    if row.get("status") != "finished":
+        return f"{row.get('status')}: {' '.join(str(row.get('error')).split())}"
+    main = ("val/accuracy", "val/bits_per_byte", "val/loss")
+    return "  ".join(f"{k}={row['metrics'][k]:.4f}" for k in main if k in row["metrics"])
+
+
+def _report(run: RunDirectory, summary: Mapping[str, Any]) -> None:
+    print(f"{_outcome(summary)}\nrun directory: {run.path}")

@@ -1,0 +1,176 @@
+"""A run directory: the resolved config, metrics.csv, checkpoints, summary.json."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from harness.check import Config, ConfigError
+
+RUNS = Path("runs")
+
+
+class RunError(ValueError):
+    """A run directory or checkpoint that cannot be used as asked."""
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of one run.
+
+    Attributes:
+        path: the directory.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config: what was run, complete."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One row per logged update and per validation."""
+        return self.path / "metrics.csv"
+
+    @property
+    def summary(self) -> Path:
+        """The run as one row: budgets, metrics, provenance, status."""
+        return self.path / "summary.json"
+
+    @property
+    def evaluations(self) -> Path:
+        """One JSON row per evaluation made later."""
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint, from which the run resumes."""
+        return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint with the best validation metric."""
+        return self.path / "checkpoints" / "best.ckpt"
+
+    def write_config(self, config: Config) -> None:
+        """Writes the resolved config."""
+        write_atomically(self.config, yaml.safe_dump(config, sort_keys=False))
+
+    def read_config(self) -> Config:
+        """Reads the resolved config back.
+
+        Raises:
+            RunError: there is none, or it is not one.
+        """
+        try:
+            config = yaml.safe_load(self.config.read_text())
+        except OSError as error:
+            raise RunError(f"{self.path} is not a run directory: it has no config.yaml") from error
+        except yaml.YAMLError as error:
+            raise RunError(f"{self.config} is not YAML: {error}") from error
+        if not isinstance(config, dict):
+            raise RunError(f"{self.config} does not hold a config")
+        return config
+
+    def write_summary(self, **facts: Any) -> dict[str, Any]:
+        """Adds facts to summary.json and returns the whole."""
+        summary = {**self.read_summary(), **facts}
+        write_atomically(self.summary, json.dumps(summary, indent=2, default=str) + "\n")
+        return summary
+
+    def read_summary(self) -> dict[str, Any]:
+        """What summary.json holds so far."""
+        if not self.summary.exists():
+            return {}
+        summary: dict[str, Any] = json.loads(self.summary.read_text())
+        return summary
+
+
+def new_run_directory(wanted: str | None, choices: Mapping[str, str], seed: int) -> RunDirectory:
+    """Makes a directory for a new run, never one that already holds a run.
+
+    Args:
+        wanted: the path asked for, or None to name it by time, task and mixer.
+        choices: group to chosen file, for the name.
+        seed: for the name.
+
+    Raises:
+        ConfigError: the path asked for holds a run.
+    """
+    if wanted is not None:
+        refuse_occupied(wanted)
+        path = Path(wanted)
+        path.mkdir(parents=True, exist_ok=True)
+        return RunDirectory(path)
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    name = "_".join([stamp, *(choices.get(g, "") for g in ("task", "mixer")), f"seed{seed}"])
+    return RunDirectory(_make_unique(RUNS / name))
+
+
+def refuse_occupied(wanted: str | None) -> None:
+    """Raises ConfigError if the directory asked for holds a run already."""
+    if wanted is not None and RunDirectory(Path(wanted)).config.exists():
+        raise ConfigError(
+            [
+                f"run_dir: {wanted} already holds a run; continue it with resume={wanted}, "
+                "or choose another directory"
+            ]
+        )
+
+
+def find_run(where: str | Path) -> tuple[RunDirectory, Path | None]:
+    """Reads a run's address: its directory, or one of its checkpoints.
+
+    Raises:
+        RunError: nothing is there.
+    """
+    path = Path(where)
+    if path.is_dir():
+        return RunDirectory(path), None
+    if path.is_file():
+        return RunDirectory(path.parent.parent), path
+    raise RunError(f"there is no run at {path}; give a run directory or a checkpoint file")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces a file whole, so that no reader and no crash ever sees a part of it."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    """Makes a rename in the directory survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _make_unique(path: Path) -> Path:
+    for attempt in range(1, 1000):
+        candidate = path if attempt == 1 else path.with_name(f"{path.name}-{attempt}")
+        try:
+            candidate.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return candidate
+    raise RunError(f"no free name beside {path}")

@@ -1,0 +1,72 @@
+"""Which classes a config may name: those of this project, torch's parts, Lightning's."""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+ALLOWED = (
+    "layers",
+    "models",
+    "tasks",
+    "harness.loggers",
+    "torch.nn",
+    "torch.optim",
+    "lightning.pytorch",
+)
+
+
+class TargetError(ValueError):
+    """A config names something that it may not name, or that does not exist."""
+
+
+def resolve_target(name: object) -> type:
+    """The class that a `_target_` names.
+
+    The class must be named and also be defined under an allowed package, so that no config and no
+    checkpoint can reach anything else through a module's imports.
+
+    Raises:
+        TargetError: the name is outside the allow-list, or is not a class there.
+    """
+    if not isinstance(name, str) or not _allowed(name):
+        raise TargetError(
+            f"{name!r} may not be built from a config; allowed are classes of {', '.join(ALLOWED)}"
+        )
+    found = _find(name)
+    if not inspect.isclass(found):
+        raise TargetError(f"{name} is not a class{suggest(name, _siblings(name))}")
+    if not _allowed(found.__module__ + "."):
+        raise TargetError(
+            f"{name} is {found.__module__}.{found.__qualname__}, which is not allowed"
+        )
+    return found
+
+
+def _allowed(name: str) -> bool:
+    return any(name.startswith(f"{package}.") for package in ALLOWED)
+
+
+def _find(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute, None)
+    except ModuleNotFoundError:
+        return None
+
+
+def _siblings(name: str) -> list[str]:
+    module = name.rpartition(".")[0]
+    try:
+        members = vars(importlib.import_module(module))
+    except ModuleNotFoundError:
+        return []
+    return [f"{module}.{key}" for key, value in members.items() if inspect.isclass(value)]
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest known word, or nothing."""
+    by_lower_case = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), by_lower_case, n=1, cutoff=0.5)
+    return f"; did you mean {by_lower_case[near[0]]!r}?" if near else ""

@@ -1,0 +1,210 @@
+"""One training run, from a checked config to a summary."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from harness.build import build
+from harness.check import Config, ConfigError
+from harness.checkpoints import (
+    AtomicCheckpointIO,
+    Checkpoints,
+    Interrupted,
+    StopOnSignal,
+    validates_after,
+)
+from harness.console import RunProgressBar, label, quiet_libraries
+from harness.loggers import Dashboard, MetricsFile
+from harness.provenance import config_hash, provenance
+from harness.run_directory import RunDirectory
+from harness.schema import options
+from models import LanguageModel, SequenceModule, budget
+from tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a config describes, built but not trained.
+
+    Attributes:
+        config: the checked config.
+        task: with its data prepared.
+        model: at its initialisation.
+    """
+
+    config: Config
+    task: Task
+    model: LanguageModel
+
+
+def prepare(config: Config) -> Prepared:
+    """Builds the task and the model of a checked config; writes nothing but the task's cache.
+
+    Raises:
+        ConfigError: values that do not go together, such as heads that do not divide the width.
+    """
+    with blaming("task"):
+        task: Task = build(config["task"])
+        task.prepare_data()
+    with blaming("model"):
+        model = build_model(config, task)
+    return Prepared(config, task, model)
+
+
+def build_model(config: Config, task: Task) -> LanguageModel:
+    """The model of a config, with the vocabulary of its task and the run's seed."""
+    torch.manual_seed(options(config).seed)
+    model: LanguageModel = build(config["model"], vocab_size=task.vocab_size)
+    return model
+
+
+def train(prepared: Prepared, run: RunDirectory, *, resume_step: int = 0) -> dict[str, Any]:
+    """Trains in a run directory: from the start, or from the checkpoint after `resume_step` steps.
+
+    Returns:
+        The summary, as in summary.json.
+
+    Raises:
+        Interrupted: the run was asked to stop, and has saved itself.
+        NonFiniteError: a loss or a gradient is no longer a number.
+    """
+    config, task, model = prepared.config, prepared.task, prepared.model
+    chosen = options(config)
+    quiet_libraries()
+    seed_everything(chosen.seed, verbose=False)
+    run.write_summary(
+        status="running",
+        seed=chosen.seed,
+        config_hash=config_hash(config),
+        budget=budget(model, task.seq_len).as_dict(),
+        **provenance(),
+    )
+    module = _module(config, model, task)
+    if chosen.compile:
+        model.compile()
+    try:
+        with _loggers(config, run, resume_step) as loggers:
+            trainer = _trainer(config, run, task, loggers)
+            trainer.fit(module, datamodule=task, ckpt_path=run.last if resume_step else None)
+            if not validates_after(trainer, trainer.global_step * trainer.accumulate_grad_batches):
+                trainer.validate(module, datamodule=task, verbose=False)
+    except BaseException as error:
+        run.write_summary(status=_status(error), error=str(error))
+        raise
+    return run.write_summary(status="finished", error=None, **_results(trainer, task, resume_step))
+
+
+@contextmanager
+def _loggers(config: Config, run: RunDirectory, resume_step: int) -> Iterator[list[Logger]]:
+    """metrics.csv and, where one is chosen, a dashboard that is closed whatever happens."""
+    loggers: list[Logger] = [MetricsFile(run.metrics, resume_step)]
+    dashboard: Dashboard | None = build(config.get("logger"))
+    if dashboard is None:
+        yield loggers
+        return
+    print(dashboard.hint(run.path))
+    try:
+        yield [*loggers, dashboard.make(run.path, config)]
+    finally:
+        dashboard.close()
+
+
+@contextmanager
+def blaming(group: str) -> Iterator[None]:
+    """Turns the ValueErrors of constructors into a ConfigError that names the group."""
+    try:
+        yield
+    except (ValueError, MisconfigurationException) as error:
+        raise ConfigError([f"{group}: {error}"]) from error
+
+
+def _module(config: Config, model: LanguageModel, task: Task) -> SequenceModule:
+    optimizer = dict(config["optimizer"])
+    return SequenceModule(
+        model,
+        optimizer=lambda groups: build(optimizer, params=groups),
+        schedule=build(config["schedule"]),
+        metrics=task.metrics,
+        weight_decay=optimizer.get("weight_decay", 0.0),
+        log_every=config["trainer"].get("log_every_n_steps", 50),
+        seed=options(config).seed,
+    )
+
+
+def _trainer(config: Config, run: RunDirectory, task: Task, loggers: list[Logger]) -> Trainer:
+    checkpoints = Checkpoints(
+        run,
+        config,
+        every=options(config).checkpoint_every,
+        monitor=task.monitor,
+        mode=task.monitor_mode,
+    )
+    callbacks: list[Callback] = [Stopwatch(), checkpoints, StopOnSignal(checkpoints)]
+    if config["trainer"].get("enable_progress_bar", True):
+        callbacks.append(RunProgressBar(label(run.path.name)))
+    with blaming("trainer"):
+        trainer: Trainer = build(
+            config["trainer"],
+            callbacks=callbacks,
+            default_root_dir=run.path,
+            enable_checkpointing=False,
+            logger=loggers,
+            plugins=[AtomicCheckpointIO()],
+        )
+    return trainer
+
+
+def _results(trainer: Trainer, task: Task, resume_step: int) -> dict[str, Any]:
+    tokens_per_step = (
+        task.batch_size * trainer.accumulate_grad_batches * trainer.world_size * task.seq_len
+    )
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    watch = next(c for c in callbacks if isinstance(c, Stopwatch))
+    timed = (trainer.global_step - resume_step) * tokens_per_step
+    values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+    return {
+        "steps": trainer.global_step,
+        "tokens": trainer.global_step * tokens_per_step,
+        "tokens_per_second": round(timed / watch.seconds) if timed else 0,
+        "metrics": values,
+        "task": task.facts(),
+    }
+
+
+class Stopwatch(Callback):
+    """Time spent training since the start or the resumption, validation left out."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.since = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts."""
+        self.since = time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Pauses."""
+        self._pause(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Goes on."""
+        self.since = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops."""
+        self._pause(trainer)
+
+    def _pause(self, trainer: Trainer) -> None:
+        if trainer.state.fn == "fit":
+            self.seconds += time.perf_counter() - self.since
+
+
+def _status(error: BaseException) -> str:
+    return "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"

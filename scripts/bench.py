@@ -1,0 +1,32 @@
+"""Run a benchmark by name: python scripts/bench.py gated_delta [--quick] [--json PATH].
+
+A benchmark is a module of `scripts/benchmarks/` with a `run(arguments)`.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = {"__init__", "measure"}  # modules that benchmarks import, not benchmarks
+
+
+def names() -> list[str]:
+    """Names of the benchmarks, from the files that are there."""
+    found = {path.stem for path in (ROOT / "scripts" / "benchmarks").glob("*.py")}
+    return sorted(found - SHARED)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark that the first argument names; 2 if there is no such benchmark."""
+    if not arguments or arguments[0] not in names():
+        given = f"no benchmark '{arguments[0]}'" if arguments else "name a benchmark"
+        print(f"{given}; there are: {', '.join(names())}", file=sys.stderr)
+        return 2
+    sys.path.insert(0, str(ROOT))
+    importlib.import_module(f"scripts.benchmarks.{arguments[0]}").run(arguments[1:])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Benchmarks, one module each: a line of documentation and `run(arguments) -> None`."""

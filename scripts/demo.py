@@ -1,0 +1,85 @@
+"""Trains three small models to recall, and shows in one table what each pays to remember.
+
+`make demo` runs it: a matrix memory, full attention and a short sliding window, alike in everything
+but the mixer, on multi-query associative recall; each is then tested at the training length and at
+four times that length.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rich.console import Console
+from rich.table import Table
+
+from harness.build import build
+from harness.checkpoints import read_checkpoint
+from harness.cli import report_errors
+from harness.compose import compose_checked
+from harness.evaluation import Evaluation, evaluate, lengthened, restore_model
+from harness.jobs import start_run
+from harness.run_directory import RunDirectory
+
+MIXERS = ("gated_deltanet", "attention", "sliding_window")
+MULTIPLES = (1, 4)
+EXPLANATION = (
+    "Attention keeps every token, so its state grows with the length. The window's state stays "
+    "small, and what has left it is gone. The matrix memory keeps its size at any length."
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One trained and tested model."""
+
+    mixer: str
+    run: RunDirectory
+    summary: dict[str, Any]
+    evaluations: list[Evaluation]
+
+
+def train_and_test(mixer: str, overrides: list[str]) -> Result:
+    """Trains one mixer on the demo's task and evaluates its best weights at each length."""
+    composed = compose_checked(["experiment=demo", f"mixer={mixer}", *overrides])
+    run, summary = start_run(composed.config, composed.choices)
+    model = restore_model(composed.config, read_checkpoint(run.best))
+    tasks = [build(lengthened(composed.config["task"], multiple)) for multiple in MULTIPLES]
+    return Result(mixer, run, summary, [evaluate(model, task) for task in tasks])
+
+
+def show(results: list[Result]) -> None:
+    """Prints the table: a column per mixer."""
+    table = Table(title="MQAR: accuracy on the test set, and what it costs", title_justify="left")
+    table.add_column("")
+    for result in results:
+        table.add_column(result.mixer, justify="right")
+    for i, multiple in enumerate(MULTIPLES):
+        evaluations = [result.evaluations[i] for result in results]
+        for row in _rows(evaluations, "training length" if multiple == 1 else f"{multiple}x"):
+            table.add_row(*row)
+        table.add_section()
+    table.add_row("parameters", *(f"{r.summary['budget']['parameters']:,}" for r in results))
+    table.add_row("training tokens/s", *(f"{r.summary['tokens_per_second']:,}" for r in results))
+    console = Console()
+    console.print(table)
+    console.print(EXPLANATION)
+    for result in results:
+        console.print(f"{result.mixer}: {result.run.path}", soft_wrap=True)
+
+
+def _rows(evaluations: list[Evaluation], length: str) -> list[list[str]]:
+    """Accuracy over all and by number of pairs, and the state paid for it, at one length."""
+    names = {"accuracy": f"{evaluations[0].seq_len} tokens ({length})"}
+    for name in evaluations[0].metrics:
+        if name.startswith("accuracy/pairs="):
+            names[name] = f"  {name.removeprefix('accuracy/pairs=')} pairs"
+    rows = [[label, *(f"{e.metrics[n]:.3f}" for e in evaluations)] for n, label in names.items()]
+    return [*rows, ["  state bytes", *(f"{e.state_bytes:,}" for e in evaluations)]]
+
+
+if __name__ == "__main__":
+    with report_errors():
+        show([train_and_test(mixer, sys.argv[1:]) for mixer in MIXERS])

@@ -1,0 +1,25 @@
+"""torch.compile changes nothing: compiled equals eager in output, state and gradients."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import LAYER_EXAMPLES
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def differences():
+    command = [sys.executable, "-m", "tests.conformance.compile_all"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(("name", "example"), LAYER_EXAMPLES, ids=str)
+def test_compiled_equals_eager(differences, name, example):
+    assert differences[f"{name}-{example}"] == ""

@@ -1,0 +1,58 @@
+"""A layer that is not registered is a failure, so nothing escapes the conformance tests."""
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import layers
+from layers import LAYERS, Layer, register
+
+
+def layer_classes():
+    """Every public subclass of Layer that any module of the package defines."""
+    for module in pkgutil.iter_modules(layers.__path__):
+        members = vars(importlib.import_module(f"layers.{module.name}"))
+        for name, member in members.items():
+            own = inspect.isclass(member) and member.__module__ == f"layers.{module.name}"
+            if own and issubclass(member, Layer) and member is not Layer and name[0] != "_":
+                yield member
+
+
+def test_every_layer_is_registered_and_public():
+    for cls in layer_classes():
+        assert cls.__name__ in LAYERS, f"{cls.__name__} in {cls.__module__} is not registered"
+        assert getattr(layers, cls.__name__, None) is cls, f"layers does not import {cls.__name__}"
+
+
+def test_the_registry_holds_nothing_else():
+    assert {entry.cls for entry in LAYERS.values()} == set(layer_classes())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_constructors_take_few_named_options(name):
+    parameters = list(inspect.signature(LAYERS[name].cls.__init__).parameters.values())[1:]
+    assert parameters[0].name == "d_model"
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters[1:]), "options are keyword-only"
+    assert len(parameters) - 1 <= 10, "an eleventh option means two ideas"
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_docstrings_explain_every_option(name):
+    cls = LAYERS[name].cls
+    for option in list(inspect.signature(cls.__init__).parameters)[1:]:
+        assert f"{option}:" in cls.__doc__ or f"{option}," in cls.__doc__, f"{option} unexplained"
+
+
+def test_registering_needs_an_example():
+    with pytest.raises(ValueError, match="without an example"):
+        register()(Layer)
+
+
+def test_two_layers_cannot_share_a_name():
+    class SwiGLU(Layer):
+        """Not the one in layers."""
+
+    with pytest.raises(ValueError, match="both define SwiGLU"):
+        register(default={})(SwiGLU)

@@ -1,0 +1,100 @@
+"""A config error says what, where and what instead, and all of it at once."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from harness.check import ConfigError
+from harness.compose import checked, compose_checked, parse_overrides
+
+
+def problems_of(*overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        compose_checked(list(overrides))
+    return caught.value.problems
+
+
+def test_all_mistakes_are_reported_in_one_message():
+    found = problems_of(
+        "mixer=gated_deltanet", "mixer.haeds=3", "model.n_layers=two", "optimizer.lr=fast"
+    )
+    assert found[0].startswith(
+        "mixer.haeds: GatedDeltaNet has no option 'haeds'; did you mean 'heads'? (options: "
+    )
+    assert found[1:] == [
+        "model.n_layers: expected int, got 'two' (str)",
+        "optimizer.lr: expected float, got 'fast' (str)",
+    ]
+
+
+def test_an_unknown_choice_lists_all_and_names_the_nearest():
+    (found,) = problems_of("mixer=gated_deltanett")
+    assert found == (
+        "mixer=gated_deltanett: there is no such mixer; did you mean 'gated_deltanet'? "
+        "(choose from: attention, gated_deltanet, sliding_window)"
+    )
+
+
+def test_an_unknown_choice_does_not_hide_other_mistakes():
+    found = problems_of("mixer=gated_deltanett", "seeed=3", "trainer.precison=1")
+    assert len(found) == 3
+    assert any("seeed: there is no such option; did you mean 'seed'?" in p for p in found)
+    assert any("Trainer has no option 'precison'; did you mean 'precision'?" in p for p in found)
+
+
+def test_a_mistake_in_a_shared_node_is_reported_once():
+    # model.pattern refers to ${mixer} in every block
+    assert len(problems_of("mixer.haeds=3")) == 1
+
+
+def test_mistakes_inside_lists_are_found():
+    (found,) = problems_of("model=recall", "model.pattern.0.0.conv_sise=3")
+    assert "GatedConvolution has no option 'conv_sise'; did you mean 'conv_size'?" in found
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mixer.window=wide", "expected int | None, got 'wide' (str)"),
+        ("task.pairs=eight", "got 'eight' (str)"),
+        ("seed=1.5", "seed: expected int, got 1.5 (float)"),
+        ("optimizer.betas=[0.9]", "expected tuple"),
+        ("model.vocab_size=3", "the program sets this option of LanguageModel; leave it out"),
+        ("trainer.logger=false", "the program sets this option of Trainer; leave it out"),
+        ("mixer=7", "there is no such mixer"),
+        ("nonsense", "not of the form key=value"),
+        ("task._target_=tasks.Mqar", "tasks.Mqar is not a class; did you mean 'tasks.MQAR'?"),
+        ("model=null", "model=None: there is no such model"),
+        ("task.seed=${nowhere}", "Interpolation key 'nowhere' not found"),
+        ("trainer.precision=???", "needs a value"),
+        ("trainer.max_steps=-1", "trainer.max_steps: a run needs a length"),
+        ("trainer.val_check_interval=0.5", "expected a number of batches, 1 or more"),
+        ("trainer.check_val_every_n_epoch=1", "data have no end"),
+    ],
+)
+def test_messages(override, message):
+    assert any(message in p for p in problems_of("mixer=sliding_window", override))
+
+
+def test_a_required_option_that_is_missing_is_named():
+    (found,) = problems_of("~model.n_layers")
+    assert found == "model.n_layers: LanguageModel needs this option, a value of type int"
+
+
+def test_an_int_is_a_float_and_a_list_is_a_tuple():
+    composed = compose_checked(["optimizer.lr=1", "optimizer.betas=[0,0.5]"])
+    assert composed.config["optimizer"]["lr"] == 1
+
+
+def test_choices_are_recorded():
+    choices = compose_checked(["mixer=attention", "task=text"]).choices
+    assert (choices["mixer"], choices["task"]) == ("attention", "text")
+
+
+def test_values_are_parsed_as_hydra_parses_them():
+    values = parse_overrides(["a.b=[1,2]", "c='x y'", "d=1e-3", "e=null", "f={g: h}"])
+    assert values == {"a.b": [1, 2], "c": "x y", "d": 1e-3, "e": None, "f": {"g": "h"}}
+
+
+def test_a_config_from_a_file_is_checked_alike():
+    with pytest.raises(ConfigError, match="task: this group is missing"):
+        checked(OmegaConf.create({"model": {"_target_": "models.LanguageModel"}}), {})

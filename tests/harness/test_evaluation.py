@@ -1,0 +1,127 @@
+"""Evaluation at any length, with the state carried or not, and plain words where it cannot be."""
+
+import json
+
+import pytest
+
+from harness.build import build
+from harness.check import ConfigError
+from harness.checkpoints import read_checkpoint
+from harness.eval_command import evaluate_command
+from harness.evaluation import FitError, evaluate, restore_model
+
+
+def test_a_run_is_evaluated_at_its_length_and_longer(train_tiny, capsys):
+    run, _ = train_tiny()
+    results = evaluate_command([f"run={run.path}"])
+    assert [r.seq_len for r in results] == [16, 64, 256]
+    assert all(0 <= r.metrics["accuracy"] <= 1 for r in results)
+    rows = [json.loads(line) for line in run.evaluations.read_text().splitlines()]
+    assert [row["seq_len"] for row in rows] == [16, 64, 256]
+    assert rows[0]["commit"]
+    assert "accuracy/pairs=2" in capsys.readouterr().out
+
+
+def test_a_length_that_is_given_is_the_only_one(train_tiny):
+    run, _ = train_tiny()
+    (result,) = evaluate_command([f"run={run.path}", "task.seq_len=32"])
+    assert result.seq_len == 32
+    one, two = evaluate_command([f"run={run.path}", "task.seq_len=32", "lengths=[1,2]"])
+    assert (one.seq_len, two.seq_len) == (32, 64)
+
+
+def test_the_last_weights_give_the_summarys_metrics(train_tiny):
+    run, summary = train_tiny()
+    (result,) = evaluate_command([f"run={run.last}", "split=val", "lengths=[1]"])
+    assert result.metrics["loss"] == pytest.approx(summary["metrics"]["val/loss"], rel=1e-5)
+
+
+def test_another_task_is_chosen_by_name(train_tiny):
+    run, _ = train_tiny()
+    (result,) = evaluate_command(
+        [f"run={run.path}", "task=mqar", "task.vocab_size=32", "task.seq_len=128",
+         "task.pairs=4", "task.test_pairs=[4]", "task.test_examples=4"]
+    )  # fmt: skip
+    assert "accuracy/pairs=4" in result.metrics
+
+
+def test_a_task_with_other_tokens_is_refused_plainly(train_tiny):
+    run, _ = train_tiny()
+    with pytest.raises(FitError, match="has 8192 tokens, the model knows 32"):
+        evaluate_command([f"run={run.path}", "task=mqar_paper"])
+
+
+def test_independent_examples_have_no_state_to_carry(train_tiny):
+    run, _ = train_tiny()
+    with pytest.raises(FitError, match="independent examples: no state to carry"):
+        evaluate_command([f"run={run.path}", "carry=[true]"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "run: needs a value of type str"),
+        (["run=x", "lenghts=[1]"], "lenghts: there is no such option; did you mean 'lengths'?"),
+        (["run=x", "split=train"], "split: expected one of 'val', 'test', got 'train'"),
+        (["run=x", "carry=maybe"], "carry: expected"),
+    ],
+)
+def test_mistakes_in_the_command(arguments, message):
+    with pytest.raises(ConfigError) as caught:
+        evaluate_command(arguments)
+    assert message in str(caught.value)
+
+
+def test_mistakes_in_the_task(train_tiny):
+    run, _ = train_tiny()
+    with pytest.raises(ConfigError, match="did you mean 'seq_len'"):
+        evaluate_command([f"run={run.path}", "task.seq_lenn=32"])
+    with pytest.raises(ConfigError, match=r"4 \* 9 = 36 > 32"):
+        evaluate_command([f"run={run.path}", "task.seq_len=32", "task.test_pairs=[9]"])
+
+
+@pytest.fixture
+def text_run(train_tiny, tmp_path):
+    files = tmp_path / "files"
+    files.mkdir()
+    for i in range(60):
+        (files / f"{i}.txt").write_text(f"line {i} of a small text\n" * 40)
+    from harness.compose import compose_checked
+    from harness.jobs import start_run
+
+    composed = compose_checked([
+        "task=text", "model.d_model=16", "model.n_layers=1", "mixer.heads=1", "logger=csv",
+        f"task.source={{_target_: tasks.LocalFiles, paths: ['{files}/*.txt']}}",
+        f"task.cache_dir={tmp_path / 'cache'}",
+        "task.seq_len=32", "task.batch_size=4", "trainer.max_steps=10", "+task.eval_tokens=2000",
+        "trainer.enable_progress_bar=false", f"run_dir={tmp_path / 'text'}",
+    ])  # fmt: skip
+    return start_run(composed.config, composed.choices)
+
+
+def test_text_is_scored_in_bits_per_byte_with_the_state_carried_and_not(text_run):
+    run, summary = text_run
+    assert summary["metrics"]["val/bits_per_byte"] < 8.1
+    assert {"gzip_bits_per_byte", "xz_bits_per_byte"} & set(summary["task"]) or any(
+        "gzip" in key for key in summary["task"]
+    )
+    results = evaluate_command([f"run={run.path}", "split=val"])
+    assert [(r.seq_len, r.carry) for r in results] == [
+        (32, False), (32, True), (128, False), (128, True), (512, False), (512, True)
+    ]  # fmt: skip
+    scored = {r.metrics["bytes"] for r in results}
+    assert len(scored) == 1, "every row scores the same bytes"
+
+
+def test_a_carried_state_makes_the_block_length_irrelevant(text_run):
+    run, _ = text_run
+    config = run.read_config()
+    model = restore_model(config, read_checkpoint(run.last))
+    task = {**config["task"], "batch_size": 2}
+    carried = [
+        evaluate(model, build({**task, "seq_len": length}), split="val", carry=True)
+        for length in (16, 100)
+    ]
+    assert carried[0].metrics["loss"] == pytest.approx(carried[1].metrics["loss"], rel=1e-5)
+    fresh = evaluate(model, build({**task, "seq_len": 16}), split="val")
+    assert fresh.metrics["loss"] != pytest.approx(carried[0].metrics["loss"], rel=1e-4)

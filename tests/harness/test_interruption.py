@@ -1,0 +1,73 @@
+"""A run that is stopped, by whatever, goes on as if it had never stopped."""
+
+import random
+import signal
+import time
+
+import pytest
+
+from harness.loggers import read_metrics
+from harness.run_directory import RunDirectory
+from tests.harness.conftest import TINY, program, start
+
+STEPS = 400
+# Dropout, so that random state matters; validations and checkpoints that do not coincide.
+RUN = (
+    *TINY,
+    "mixer=gated_deltanet",
+    "model.dropout=0.1",
+    f"trainer.max_steps={STEPS}",
+    "trainer.val_check_interval=30",
+    "checkpoint_every=7",
+)
+
+
+def wait_for_step(process, run: RunDirectory, step: int) -> None:
+    """Returns as soon as the run has logged a step, or has ended."""
+    deadline = time.monotonic() + 90
+    while process.poll() is None and time.monotonic() < deadline:
+        rows = read_metrics(run.metrics)
+        if rows and rows[-1]["step"] >= step:
+            return
+        time.sleep(0.001)
+    assert process.poll() is not None, f"no step {step} in 90 s"
+
+
+def test_killed_five_times_the_curve_is_that_of_a_run_never_killed(tmp_path):
+    whole = RunDirectory(tmp_path / "whole")
+    done = program("train.py", *RUN, f"run_dir={whole.path}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    killed = RunDirectory(tmp_path / "killed")
+    arguments = [*RUN, f"run_dir={killed.path}"]
+    steps = sorted(random.Random().sample(range(1, STEPS - 20), 5))
+    for step in steps:
+        process = start("train.py", *arguments, cwd=tmp_path)
+        wait_for_step(process, killed, step)
+        process.kill()
+        process.wait()
+        assert process.returncode == -signal.SIGKILL, process.stdout.read()
+        arguments = [f"resume={killed.path}"]
+    done = program("train.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    stitched, uninterrupted = read_metrics(killed.metrics), read_metrics(whole.metrics)
+    assert len(uninterrupted) == STEPS + STEPS // 30 + 1
+    assert stitched == uninterrupted, f"killed after steps {steps}"
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+)
+def test_a_signal_saves_and_ends_the_run_with_one_line(tmp_path, number, status):
+    run = RunDirectory(tmp_path / "run")
+    endless = [*RUN, "trainer.max_steps=100000", f"run_dir={run.path}"]
+    process = start("train.py", *endless, cwd=tmp_path)
+    wait_for_step(process, run, 5)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == status
+    assert "Traceback" not in said
+    assert f"train.py resume={run.path}" in said
+    assert f"stopped by {number.name}" in said
+    assert run.read_summary()["status"] == "interrupted"
+    last = read_metrics(run.metrics)[-1]["step"]
+    assert f"{last} steps are saved" in said

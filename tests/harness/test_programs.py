@@ -1,0 +1,69 @@
+"""The programs as a user starts them."""
+
+import json
+
+import pytest
+
+from tests.harness.conftest import TINY, program
+
+
+def test_a_typo_stops_the_run_with_one_message(tmp_path):
+    done = program(
+        "train.py", "mixer=gated_deltanet", "mixer.haeds=3", "model.n_layers=two",
+        "optimizer.lr=fast", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[0] == "3 problems in the configuration; nothing was built."
+    assert len(lines) == 4
+    assert "did you mean 'heads'?" in done.stderr
+    assert "expected int, got 'two'" in done.stderr
+    assert "expected float, got 'fast'" in done.stderr
+    assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+def test_a_sweep_reports_every_job_and_fails_if_one_does(tmp_path):
+    # the second job cannot be built: 3 heads do not divide the width
+    done = program("train.py", "-m", *TINY, "mixer.heads=1,3,2", cwd=tmp_path, timeout=240)
+    assert done.returncode == 1, done.stderr
+    summaries = sorted(tmp_path.glob("runs/*_sweep/*/summary.json"))
+    statuses = [json.loads(path.read_text())["status"] for path in summaries]
+    assert statuses == ["finished", "failed", "finished"]
+    assert "heads (3) must divide d_model (16)" in done.stdout
+    assert done.stdout.count("val/accuracy=") >= 2
+
+
+def test_a_typo_in_a_sweep_stops_it_before_any_job(tmp_path):
+    done = program("train.py", "-m", *TINY, "mixer.heads=1,2", "mixer.sise=1,2", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "GatedDeltaNet has no option 'sise'" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_lists_the_groups(tmp_path):
+    done = program("train.py", "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "mixer: attention, gated_deltanet, sliding_window" in done.stdout
+    assert "resume=" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["eval.py", "scripts/budget.py"])
+def test_other_programs_explain_themselves(script, tmp_path):
+    done = program(script, "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "python" in done.stdout
+
+
+def test_budget_prints_the_costs_of_a_composed_model(tmp_path):
+    done = program("scripts/budget.py", "mixer=sliding_window", "model=hybrid", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("parameters", "active parameters", "state bytes", "FLOPs per token"):
+        assert word in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_budget_checks_its_command_line(tmp_path):
+    done = program("scripts/budget.py", "mixer=sliding_windo", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "did you mean 'sliding_window'?" in done.stderr

@@ -1,0 +1,68 @@
+"""Configs and checkpoints can name the project's, torch's and Lightning's classes alone."""
+
+import pytest
+
+from harness.build import build
+from harness.check import ConfigError
+from harness.compose import compose_checked
+from harness.targets import TargetError, resolve_target
+from layers import GatedDeltaNet
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os.system",
+        "subprocess.Popen",
+        "builtins.eval",
+        "torch.load",
+        "torch.hub.load",
+        "harness.run_directory.RunDirectory",
+        "layersx.Evil",
+        7,
+        None,
+    ],
+)
+def test_names_outside_the_list_are_refused(name):
+    with pytest.raises(TargetError, match="may not be built from a config"):
+        resolve_target(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["harness.loggers.os.system", "models.budget", "layers.register", "tasks.base.itertools"],
+)
+def test_what_is_not_a_class_is_refused(name):
+    with pytest.raises(TargetError):
+        resolve_target(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["harness.loggers.Path", "lightning.pytorch.trainer.trainer.Path", "models.generation.Tensor"],
+)
+def test_a_class_reached_through_a_modules_imports_is_refused(name):
+    with pytest.raises(TargetError, match=r"which is not allowed|is not a class"):
+        resolve_target(name)
+
+
+def test_the_nearest_class_is_named():
+    with pytest.raises(TargetError, match=r"did you mean 'layers\.GatedDeltaNet'"):
+        resolve_target("layers.GatedDeltanet")
+
+
+def test_a_refused_target_is_a_config_error():
+    with pytest.raises(ConfigError, match=r"'os\.system' may not be built"):
+        compose_checked(["mixer._target_=os.system"])
+
+
+def test_building_refuses_what_was_never_checked():
+    with pytest.raises(TargetError):
+        build({"_target_": "subprocess.Popen", "args": ["true"]})
+
+
+def test_a_layer_is_built_as_a_recipe():
+    recipe = build({"_target_": "layers.GatedDeltaNet", "heads": 2})
+    layer = recipe(8)
+    assert isinstance(layer, GatedDeltaNet)
+    assert layer.heads == 2
