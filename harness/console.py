@@ -3,9 +3,13 @@
 import logging
 import re
 import warnings
+from typing import Any
 
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+
+from tasks.base import EvalSplit, Task
 
 # Remarks of libraries about themselves that no user of this project can act on.
 _REMARKS = (
@@ -41,10 +45,21 @@ class RunProgressBar(RichProgressBar):
         """All batches of the run; Lightning's would leave out those before a resumption."""
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """The loss, without the version that loggers of Lightning have."""
+        metrics = super().get_metrics(trainer, pl_module)
+        return {name: value for name, value in metrics.items() if name != "v_num"}
+
     def _get_train_description(self, current_epoch: int) -> str:
         return self.label
 
 
 def label(run_name: str) -> str:
-    """The name of a run without its time stamp."""
-    return re.sub(r"^\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_", "", run_name)
+    """The name of a run without its time stamp and seed: a bar has to fit beside it."""
+    return re.sub(r"^\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_|_seed\d+$", "", run_name)
+
+
+def reference_line(task: Task, split: EvalSplit) -> str:
+    """What a score is to be held against."""
+    named = (f"{name} {value:.4f}" for name, value in task.references(split).items())
+    return f"for comparison, {task.monitor} of {', '.join(named)}"

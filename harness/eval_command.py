@@ -15,6 +15,7 @@ from harness.build import build
 from harness.check import Config
 from harness.checkpoints import checkpoint_config, read_checkpoint
 from harness.compose import CONFIG_DIR, compose_group, parse_overrides
+from harness.console import reference_line
 from harness.evaluation import Evaluation, evaluate, lengthened, restore_model
 from harness.provenance import provenance
 from harness.run_directory import RunDirectory, find_run
@@ -52,13 +53,15 @@ def evaluate_command(arguments: Sequence[str]) -> list[Evaluation]:
     task = _task_config(config, task_overrides)
     model = restore_model(config, checkpoint)
     given_length = any(o.startswith("task.seq_len=") for o in task_overrides)
+    tasks = _tasks(task, asked.lengths or _default_lengths(task, given_length))
     results = [
         evaluate(model, built, split=asked.split, carry=carry)
-        for built in _tasks(task, asked.lengths or _default_lengths(task, given_length))
+        for built in tasks
         for carry in _carries(asked.carry, built)
     ]
     _record(run, file, asked, task, results)
     print_evaluations(results, f"{file} on {task['_target_']} ({asked.split})")
+    print(reference_line(tasks[0], asked.split))
     return results
 
 

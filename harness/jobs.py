@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from harness.check import Config, ConfigError
 from harness.checkpoints import read_checkpoint
+from harness.console import reference_line
 from harness.run_directory import (
     RunDirectory,
     RunError,
@@ -21,7 +22,7 @@ from harness.run_directory import (
     refuse_occupied,
 )
 from harness.schema import check_config, options
-from harness.training import prepare, train
+from harness.training import Prepared, prepare, train
 
 
 def start_run(config: Config, choices: Mapping[str, str]) -> tuple[RunDirectory, dict[str, Any]]:
@@ -37,7 +38,7 @@ def start_run(config: Config, choices: Mapping[str, str]) -> tuple[RunDirectory,
     run.write_config(config)
     run.write_summary(choices=dict(choices))
     summary = train(prepared, run)
-    _report(run, summary)
+    _report(run, prepared, summary)
     return run, summary
 
 
@@ -79,7 +80,8 @@ def resume_run(where: str, others: Sequence[str] = ()) -> None:
     step = int(read_checkpoint(run.last)["global_step"]) if run.last.exists() else 0
     if run.read_summary().get("status") == "finished":
         raise RunError(f"the run in {run.path} has finished, after {step} steps")
-    _report(run, train(prepare(config), run, resume_step=step))
+    prepared = prepare(config)
+    _report(run, prepared, train(prepared, run, resume_step=step))
 
 
 class SweepReport(Callback):
@@ -110,5 +112,7 @@ def _outcome(row: Mapping[str, Any]) -> str:
     return "  ".join(f"{k}={row['metrics'][k]:.4f}" for k in main if k in row["metrics"])
 
 
-def _report(run: RunDirectory, summary: Mapping[str, Any]) -> None:
-    print(f"{_outcome(summary)}\nrun directory: {run.path}")
+def _report(run: RunDirectory, prepared: Prepared, summary: Mapping[str, Any]) -> None:
+    print(_outcome(summary))
+    print(reference_line(prepared.task, "val"))
+    print(f"run directory: {run.path}")

@@ -1,7 +1,7 @@
 """One training run, from a checked config to a summary."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -65,8 +65,20 @@ def build_model(config: Config, task: Task) -> LanguageModel:
     return model
 
 
-def train(prepared: Prepared, run: RunDirectory, *, resume_step: int = 0) -> dict[str, Any]:
+def train(
+    prepared: Prepared,
+    run: RunDirectory,
+    *,
+    resume_step: int = 0,
+    callbacks: Sequence[Callback] = (),
+) -> dict[str, Any]:
     """Trains in a run directory: from the start, or from the checkpoint after `resume_step` steps.
+
+    Args:
+        prepared: what to train.
+        run: where to write.
+        resume_step: updates behind the last checkpoint, which training goes on from; 0 to start.
+        callbacks: more callbacks for Lightning's trainer.
 
     Returns:
         The summary, as in summary.json.
@@ -91,7 +103,7 @@ def train(prepared: Prepared, run: RunDirectory, *, resume_step: int = 0) -> dic
         model.compile()
     try:
         with _loggers(config, run, resume_step) as loggers:
-            trainer = _trainer(config, run, task, loggers)
+            trainer = _trainer(config, run, task, loggers, callbacks)
             trainer.fit(module, datamodule=task, ckpt_path=run.last if resume_step else None)
             if not validates_after(trainer, trainer.global_step * trainer.accumulate_grad_batches):
                 trainer.validate(module, datamodule=task, verbose=False)
@@ -138,7 +150,13 @@ def _module(config: Config, model: LanguageModel, task: Task) -> SequenceModule:
     )
 
 
-def _trainer(config: Config, run: RunDirectory, task: Task, loggers: list[Logger]) -> Trainer:
+def _trainer(
+    config: Config,
+    run: RunDirectory,
+    task: Task,
+    loggers: list[Logger],
+    extra_callbacks: Sequence[Callback],
+) -> Trainer:
     checkpoints = Checkpoints(
         run,
         config,
@@ -146,7 +164,7 @@ def _trainer(config: Config, run: RunDirectory, task: Task, loggers: list[Logger
         monitor=task.monitor,
         mode=task.monitor_mode,
     )
-    callbacks: list[Callback] = [Stopwatch(), checkpoints, StopOnSignal(checkpoints)]
+    callbacks = [*extra_callbacks, Stopwatch(), checkpoints, StopOnSignal(checkpoints)]
     if config["trainer"].get("enable_progress_bar", True):
         callbacks.append(RunProgressBar(label(run.path.name)))
     with blaming("trainer"):

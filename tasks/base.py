@@ -81,6 +81,10 @@ class Task(LightningDataModule, ABC):
     def eval_batches(self, split: EvalSplit) -> BatchSet:
         """The fixed batches of `"val"` or `"test"`; may be iterated any number of times."""
 
+    def references(self, split: EvalSplit) -> dict[str, float]:
+        """What `monitor` is for solvers that anyone can name, to hold a model's score against."""
+        return {"guessing": self.guess_level}
+
     def facts(self) -> Facts:
         """What to record with a run, so that its numbers can be read later."""
         return {

@@ -105,6 +105,16 @@ class Text(Task):
         """Bits per byte of the validation text under training frequencies of single tokens."""
         return self._baselines["val_unigram_bits_per_byte"]
 
+    def references(self, split: EvalSplit) -> dict[str, float]:
+        """Bits per byte, on the text that is scored, of unigram counts and of two compressors."""
+        suffix = "_bits_per_byte"
+        named = (name for name in self._baselines if name.startswith(f"{split}_"))
+        return {
+            name.removeprefix(f"{split}_").removesuffix(suffix): self._baselines[name]
+            for name in named
+            if name.endswith(suffix)
+        }
+
     def facts(self) -> Facts:
         """What to record with a run, so that its numbers can be read later."""
         meta = self.store.meta
