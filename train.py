@@ -11,16 +11,15 @@ import hydra
 from omegaconf import DictConfig
 
 from harness.cli import report_errors
-from harness.compose import check_command_line, checked, job_choices
-from harness.jobs import resume_run, start_job
+from harness.compose import check_sweep, checked, compose_checked, job_choices
+from harness.jobs import resume_run, start_job, start_run
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def job(config: DictConfig) -> None:
-    """One training run; a sweep calls it once per combination of values."""
+    """One run of a sweep."""
     with report_errors():
-        composed = checked(config, job_choices())
-        start_job(composed.config, composed.choices)
+        start_job(checked(config, job_choices()))
 
 
 def main(arguments: list[str]) -> None:
@@ -28,9 +27,11 @@ def main(arguments: list[str]) -> None:
     resumed = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
     if resumed:
         resume_run(resumed[-1], others=[a for a in arguments if not a.startswith("resume=")])
-        return
-    sys.argv[1:] = check_command_line(arguments)
-    job()
+    elif any(a.startswith("-") for a in arguments):  # -m, --help, --cfg: Hydra's own business
+        sys.argv[1:] = check_sweep(arguments)
+        job()
+    else:
+        start_run(compose_checked(arguments))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 
 from harness.check import Config
 from harness.run_directory import RunDirectory, RunError, write_atomically
@@ -204,7 +203,6 @@ class StopOnSignal(EndOfStep):
         self.received: int | None = None
         self.previous: dict[int, Any] = {}
 
-    @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts listening."""
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -221,10 +219,12 @@ class StopOnSignal(EndOfStep):
         self._restore()
 
     def end_of_step(self, trainer: Trainer) -> None:
-        """Stops here if asked to."""
-        if self.received is not None:
+        """Stops here if any of the processes was asked to."""
+        asked = self.received is not None
+        if trainer.strategy.reduce_boolean_decision(asked, all=False):
             self.checkpoints.save(trainer)
-            raise Interrupted(self.received, trainer.global_step, self.checkpoints.run)
+            number = self.received or signal.SIGTERM
+            raise Interrupted(number, trainer.global_step, self.checkpoints.run)
 
     def _receive(self, number: int, frame: types.FrameType | None) -> None:
         if self.received == signal.SIGINT == number:

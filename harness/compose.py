@@ -107,8 +107,8 @@ def checked(
     return Composed(plain, {k: v for k, v in choices.items() if not k.startswith("hydra") and v})
 
 
-def check_command_line(arguments: Sequence[str]) -> list[str]:
-    """Composes and checks every job that a command line asks for, before any of them starts.
+def check_sweep(arguments: Sequence[str]) -> list[str]:
+    """Composes and checks every job of a sweep, before any of them starts.
 
     A command line with other flags than `-m` (such as `--help`) is left to Hydra.
 
@@ -122,7 +122,7 @@ def check_command_line(arguments: Sequence[str]) -> list[str]:
     if set(flags) - {"-m", "--multirun"}:
         return list(arguments)
     overrides = [a for a in arguments if a not in flags]
-    for job in _expand(overrides) if flags else [overrides]:
+    for job in _expand(overrides):
         compose_checked(job)
     with _hydra() as loader:
         return [*flags, *(_lenient(override, loader) for override in _parse(overrides)[0])]

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from lightning.pytorch.utilities import rank_zero_only
 
 from tasks.base import EvalSplit, Task
 
@@ -19,6 +20,10 @@ _REMARKS = (
     ".*litlogger.*",
     ".*is not resumable.*",  # the data order follows from the step (tasks/base.py)
 )
+
+
+say = rank_zero_only(print)
+"""Prints, once however many processes train together."""
 
 
 def quiet_libraries() -> None:

@@ -3,17 +3,18 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from harness.check import Config, ConfigError
+from harness.check import ConfigError
 from harness.checkpoints import read_checkpoint
-from harness.console import reference_line
+from harness.compose import Composed
+from harness.console import reference_line, say
 from harness.run_directory import (
     RunDirectory,
     RunError,
@@ -25,36 +26,33 @@ from harness.schema import check_config, options
 from harness.training import Prepared, prepare, train
 
 
-def start_run(config: Config, choices: Mapping[str, str]) -> tuple[RunDirectory, dict[str, Any]]:
+def start_run(composed: Composed) -> tuple[RunDirectory, dict[str, Any]]:
     """Trains a checked config in a run directory of its own, and says where that is.
 
     Returns:
         The run directory and the summary.
     """
-    chosen = options(config)
+    chosen = options(composed.config)
     refuse_occupied(chosen.run_dir)
-    prepared = prepare(config)
-    run = new_run_directory(chosen.run_dir, choices, chosen.seed)
-    run.write_config(config)
-    run.write_summary(choices=dict(choices))
+    prepared = prepare(composed.config)
+    run = new_run_directory(chosen.run_dir, composed.choices, chosen.seed)
+    run.write_config(composed.config)
+    run.write_summary(choices=dict(composed.choices))
     summary = train(prepared, run)
     _report(run, prepared, summary)
     return run, summary
 
 
-def start_job(config: Config, choices: Mapping[str, str]) -> None:
-    """Trains as Hydra asks; one job of a sweep may fail without hiding the others."""
+def start_job(composed: Composed) -> None:
+    """Trains one job of a sweep; it may fail without hiding the others."""
     hydra = HydraConfig.get()
-    if hydra.mode != RunMode.MULTIRUN:
-        start_run(config, choices)
-        return
-    if config["run_dir"] is not None:
+    if composed.config["run_dir"] is not None:
         raise ConfigError(["run_dir: a sweep names its runs itself; set hydra.sweep.dir instead"])
     run = RunDirectory(Path(hydra.runtime.output_dir))
     overrides = [override.lstrip("+") for override in hydra.overrides.task]
     run.write_summary(status="failed", overrides=overrides)
     try:
-        start_run({**config, "run_dir": str(run.path)}, choices)
+        start_run(replace(composed, config={**composed.config, "run_dir": str(run.path)}))
     except Exception as error:  # every other job of the sweep still has its turn
         run.write_summary(status="failed", error=f"{type(error).__name__}: {error}")
         print(f"job {' '.join(overrides)} failed: {error}", file=sys.stderr)
@@ -113,6 +111,6 @@ def _outcome(row: Mapping[str, Any]) -> str:
 
 
 def _report(run: RunDirectory, prepared: Prepared, summary: Mapping[str, Any]) -> None:
-    print(_outcome(summary))
-    print(reference_line(prepared.task, "val"))
-    print(f"run directory: {run.path}")
+    say(_outcome(summary))
+    say(reference_line(prepared.task, "val"))
+    say(f"run directory: {run.path}")

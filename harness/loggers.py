@@ -66,6 +66,7 @@ class MetricsFile(Logger):
     ) -> None:
         """The run directory holds the config already."""
 
+    @rank_zero_only
     def _rewrite(self, rows: list[dict[str, float]]) -> None:
         text = io.StringIO(newline="")
         writer = self._writer(text)

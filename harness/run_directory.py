@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
 
 from harness.check import Config, ConfigError
 
 RUNS = Path("runs")
+_SHARED = "MNEME_RUN_DIR"  # how the processes of one run agree on its directory
 
 
 class RunError(ValueError):
@@ -60,6 +62,7 @@ class RunDirectory:
         """The checkpoint with the best validation metric."""
         return self.path / "checkpoints" / "best.ckpt"
 
+    @rank_zero_only
     def write_config(self, config: Config) -> None:
         """Writes the resolved config."""
         write_atomically(self.config, yaml.safe_dump(config, sort_keys=False))
@@ -83,7 +86,8 @@ class RunDirectory:
     def write_summary(self, **facts: Any) -> dict[str, Any]:
         """Adds facts to summary.json and returns the whole."""
         summary = {**self.read_summary(), **facts}
-        write_atomically(self.summary, json.dumps(summary, indent=2, default=str) + "\n")
+        if rank() == 0:
+            write_atomically(self.summary, json.dumps(summary, indent=2, default=str) + "\n")
         return summary
 
     def read_summary(self) -> dict[str, Any]:
@@ -92,6 +96,12 @@ class RunDirectory:
             return {}
         summary: dict[str, Any] = json.loads(self.summary.read_text())
         return summary
+
+
+def rank() -> int:
+    """Which of the processes that train together this is."""
+    number: int = rank_zero_only.rank  # type: ignore[attr-defined]
+    return number
 
 
 def new_run_directory(wanted: str | None, choices: Mapping[str, str], seed: int) -> RunDirectory:
@@ -105,19 +115,27 @@ def new_run_directory(wanted: str | None, choices: Mapping[str, str], seed: int)
     Raises:
         ConfigError: the path asked for holds a run.
     """
+    if shared := _directory_of_rank_zero():
+        return RunDirectory(shared)
+    run = RunDirectory(_claim(wanted, choices, seed))
+    os.environ[_SHARED] = str(run.path)
+    return run
+
+
+def _claim(wanted: str | None, choices: Mapping[str, str], seed: int) -> Path:
     if wanted is not None:
         refuse_occupied(wanted)
-        path = Path(wanted)
-        path.mkdir(parents=True, exist_ok=True)
-        return RunDirectory(path)
+        Path(wanted).mkdir(parents=True, exist_ok=True)
+        return Path(wanted)
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     name = "_".join([stamp, *(choices.get(g, "") for g in ("task", "mixer")), f"seed{seed}"])
-    return RunDirectory(_make_unique(RUNS / name))
+    return _make_unique(RUNS / name)
 
 
 def refuse_occupied(wanted: str | None) -> None:
     """Raises ConfigError if the directory asked for holds a run already."""
-    if wanted is not None and RunDirectory(Path(wanted)).config.exists():
+    taken = wanted is not None and RunDirectory(Path(wanted)).config.exists()
+    if taken and _directory_of_rank_zero() is None:
         raise ConfigError(
             [
                 f"run_dir: {wanted} already holds a run; continue it with resume={wanted}, "
@@ -163,6 +181,18 @@ def _sync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _directory_of_rank_zero() -> Path | None:
+    """Where the first of several processes writes; None in that process itself.
+
+    Lightning starts the other processes with the environment of the first.
+    """
+    if rank() == 0:
+        return None
+    if _SHARED not in os.environ:
+        raise RunError("let Lightning start the processes: set trainer.devices, without torchrun")
+    return Path(os.environ[_SHARED])
 
 
 def _make_unique(path: Path) -> Path:

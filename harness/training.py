@@ -20,7 +20,7 @@ from harness.checkpoints import (
     StopOnSignal,
     validates_after,
 )
-from harness.console import RunProgressBar, label, quiet_libraries
+from harness.console import RunProgressBar, label, quiet_libraries, say
 from harness.loggers import Dashboard, MetricsFile
 from harness.provenance import config_hash, provenance
 from harness.run_directory import RunDirectory
@@ -121,7 +121,7 @@ def _loggers(config: Config, run: RunDirectory, resume_step: int) -> Iterator[li
     if dashboard is None:
         yield loggers
         return
-    print(dashboard.hint(run.path))
+    say(dashboard.hint(run.path))
     try:
         yield [*loggers, dashboard.make(run.path, config)]
     finally:

@@ -44,7 +44,7 @@ class Result:
 def train_and_test(mixer: str, overrides: list[str]) -> Result:
     """Trains one mixer on the demo's task and evaluates its best weights at each length."""
     composed = compose_checked(["experiment=demo", f"mixer={mixer}", *overrides])
-    run, summary = start_run(composed.config, composed.choices)
+    run, summary = start_run(composed)
     model = restore_model(composed.config, read_checkpoint(run.best))
     tasks = [build(lengthened(composed.config["task"], multiple)) for multiple in MULTIPLES]
     return Result(mixer, run, summary, [evaluate(model, task) for task in tasks])

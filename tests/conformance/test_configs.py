@@ -33,7 +33,7 @@ def files(group: str) -> list[str]:
 
 def take_a_step(tmp_path, *overrides: str) -> None:
     composed = compose_checked([*SMALL, f"run_dir={tmp_path / 'run'}", *overrides])
-    run, summary = start_run(composed.config, composed.choices)
+    run, summary = start_run(composed)
     assert summary["status"] == "finished"
     losses = [row["train/loss"] for row in read_metrics(run.metrics) if "train/loss" in row]
     assert len(losses) == 1

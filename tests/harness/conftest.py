@@ -39,7 +39,7 @@ def train_tiny(tmp_path):
 
     def run(*overrides: str, name: str = "run"):
         composed = compose_checked([*TINY, f"run_dir={tmp_path / name}", *overrides])
-        return start_run(composed.config, composed.choices)
+        return start_run(composed)
 
     return run
 

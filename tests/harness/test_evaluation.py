@@ -96,7 +96,7 @@ def text_run(train_tiny, tmp_path):
         "task.seq_len=32", "task.batch_size=4", "trainer.max_steps=10", "+task.eval_tokens=2000",
         "trainer.enable_progress_bar=false", f"run_dir={tmp_path / 'text'}",
     ])  # fmt: skip
-    return start_run(composed.config, composed.choices)
+    return start_run(composed)
 
 
 def test_text_is_scored_in_bits_per_byte_with_the_state_carried_and_not(text_run):
