@@ -17,7 +17,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from harness.run_directory import write_atomically
+from harness.run_directory import rank, write_atomically
 
 STEP = "step"
 
@@ -122,19 +122,23 @@ class Wandb(Dashboard):
 
     def make(self, run_dir: Path, config: dict[str, Any]) -> Logger:
         """A run with the directory's name; a resumed run continues under the same id."""
-        if self.offline:  # no crash reports, update checks or service calls
+        if rank() != 0:
+            return WandbLogger(offline=True)  # starts nothing: rank zero alone has a run
+        if self.offline:  # crash reports would be sent all the same
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-            os.environ["WANDB_MODE"] = "offline"
-        os.environ.setdefault("WANDB_SILENT", "true")
-        return WandbLogger(
+        import wandb
+
+        run = wandb.init(
             project=self.project,
             name=run_dir.name,
-            version=run_dir.name,
-            save_dir=run_dir,
-            offline=self.offline,
+            id=run_dir.name,
+            dir=run_dir,
+            mode="offline" if self.offline else "online",
             resume=None if self.offline else "allow",
             config=config,
+            settings=wandb.Settings(silent=True),
         )
+        return WandbLogger(experiment=run)
 
     def close(self) -> None:
         """Finishes the wandb run, which the library would otherwise hand to the next logger."""

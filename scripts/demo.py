@@ -63,7 +63,7 @@ def show(results: list[Result]) -> None:
         table.add_section()
     table.add_row("parameters", *(f"{r.summary['budget']['parameters']:,}" for r in results))
     table.add_row("training tokens/s", *(f"{r.summary['tokens_per_second']:,}" for r in results))
-    console = Console()
+    console = Console(highlight=False)
     console.print(table)
     console.print(EXPLANATION)
     for result in results:
