@@ -27,7 +27,11 @@ class ConfigError(ValueError):
 
 
 def check_target(
-    node: Mapping[str, Any], where: str, given: Collection[str] = (), raw: Any = None
+    node: Mapping[str, Any],
+    where: str,
+    given: Collection[str] = (),
+    raw: Any = None,
+    kind: Any = object,
 ) -> Iterator[str]:
     """Yields the problems of a node that names a class.
 
@@ -36,12 +40,17 @@ def check_target(
         where: its path in the config, for messages.
         given: options that the program supplies and the config may not.
         raw: the same node before interpolation. What it refers to elsewhere is checked there only.
+        kind: the class that what is built must be an instance of; other annotations pass.
     """
     try:
-        signature = signature_of(resolve_target(node[TARGET]))
+        cls = resolve_target(node[TARGET])
     except TargetError as error:
         yield f"{where}.{TARGET}: {error}"
         return
+    if isinstance(kind, type) and not issubclass(cls, kind):
+        yield f"{where}.{TARGET}: expected a {kind.__name__}, got {node[TARGET]}"
+        return
+    signature = signature_of(cls)
     signature = signature.without(given)
     options = {key: value for key, value in node.items() if key != TARGET}
     raw = raw if isinstance(raw, Mapping) else node
@@ -67,7 +76,7 @@ def _check_option(
     elif value == MISSING:
         yield f"{where}: needs a value of type {readable(signature.types[key])}"
     elif has_target(value):
-        yield from check_nested(value, where, raw)
+        yield from check_nested(value, where, raw, signature.types[key])
     else:
         yield from check_value(value, signature.types[key], where)
 
@@ -78,12 +87,12 @@ def check_value(value: Any, hint: Any, where: str) -> Iterator[str]:
         yield f"{where}: expected {readable(hint)}, got {value!r} ({type(value).__name__})"
 
 
-def check_nested(value: Any, where: str, raw: Any) -> Iterator[str]:
+def check_nested(value: Any, where: str, raw: Any, kind: Any = object) -> Iterator[str]:
     """Yields the problems of the targets inside lists and nodes, at any depth."""
     if isinstance(raw, str):  # an interpolation: the node has its own place, and is checked there
         return
     if isinstance(value, Mapping) and TARGET in value:
-        yield from check_target(value, where, raw=raw)
+        yield from check_target(value, where, raw=raw, kind=kind)
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield from check_nested(inner, f"{where}.{key}", raw[key] if raw else None)

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from harness.check import Config
 from harness.run_directory import RunDirectory, RunError, write_atomically
 from models.diagnosis import NonFiniteError
+from tasks.base import Task
 
 FORMAT = 1
 _KEY = "mneme"
@@ -52,11 +53,13 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError as error:
-        raise RunError(f"there is no checkpoint at {path}") from error
+        others = sorted(p.name for p in path.parent.glob("*.ckpt"))
+        hint = f"; there is {', '.join(others)}" if others else ""
+        raise RunError(f"there is no checkpoint at {path}{hint}") from error
     except Exception as error:  # torch reports a broken file in as many ways as it can break
         reason = str(error).strip().split("\n")[0]
         raise RunError(f"{path} is truncated or not a checkpoint ({reason})") from error
-    if not isinstance(checkpoint, dict) or _KEY not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(_KEY), dict):
         raise RunError(f"{path} was not written by this project; nothing was loaded or overwritten")
     found = checkpoint[_KEY]["format"]
     if found != FORMAT:
@@ -64,10 +67,31 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     return dict(checkpoint)
 
 
+def checkpoint_vocabulary(checkpoint: dict[str, Any]) -> str:
+    """What the token ids meant to the model, as `Task.vocabulary` says it."""
+    return str(checkpoint[_KEY]["vocabulary"])
+
+
 def checkpoint_config(checkpoint: dict[str, Any]) -> Config:
     """The resolved config that a checkpoint carries; check it before building from it."""
     config: Config = json.loads(checkpoint[_KEY]["config"])
     return config
+
+
+def check_same_run(checkpoint: dict[str, Any], config: Config, path: Path) -> None:
+    """Refuses to continue a run from a checkpoint that another config wrote.
+
+    Raises:
+        RunError: naming the groups that differ.
+    """
+    written = checkpoint_config(checkpoint)
+    keys = (written.keys() | config.keys()) - {"run_dir", "logger"}
+    differing = sorted(key for key in keys if written.get(key) != config.get(key))
+    if differing:
+        raise RunError(
+            f"{path} was written by another run than config.yaml describes: they differ in "
+            f"{', '.join(differing)}; nothing was loaded or overwritten"
+        )
 
 
 def load_weights(model: torch.nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -112,17 +136,18 @@ class Checkpoints(EndOfStep):
     Args:
         run: where they go.
         config: the resolved config, kept in each checkpoint.
+        task: its `monitor` is the validation metric that `best.ckpt` has the best value of.
         every: updates between two writes of `last.ckpt`; it is also written at the end.
-        monitor: the validation metric that `best.ckpt` has the best value of.
-        mode: "min" or "max".
     """
 
-    def __init__(
-        self, run: RunDirectory, config: Config, *, every: int, monitor: str, mode: str
-    ) -> None:
-        self.run, self.every, self.monitor = run, every, monitor
-        self.sign = {"min": -1.0, "max": 1.0}[mode]
-        self.header = {"format": FORMAT, "config": json.dumps(config)}
+    def __init__(self, run: RunDirectory, config: Config, *, task: Task, every: int) -> None:
+        self.run, self.every, self.monitor = run, every, task.monitor
+        self.sign = {"min": -1.0, "max": 1.0}[task.monitor_mode]
+        self.header = {
+            "format": FORMAT,
+            "config": json.dumps(config),
+            "vocabulary": task.vocabulary,
+        }
         self.best: float | None = None
         self.saved_step = -1
 
@@ -153,16 +178,19 @@ class Checkpoints(EndOfStep):
         value = trainer.callback_metrics.get(f"val/{self.monitor}")
         if value is not None and not trainer.sanity_checking:
             better = self.best is None or self.sign * (float(value) - self.best) > 0
-            if better:
+            if better and value.isfinite():
                 self.best = float(value)
                 trainer.save_checkpoint(self.run.best)
         super().on_validation_end(trainer, pl_module)
 
     def end_of_step(self, trainer: Trainer) -> None:
         """Saves when it is time."""
-        step = trainer.global_step
-        if step % self.every == 0 or step == trainer.max_steps:
+        if trainer.global_step % self.every == 0:
             self.save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the final weights."""
+        self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
         """Writes `last.ckpt`, once per step."""

@@ -16,7 +16,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType, QuotedString
+from hydra.core.override_parser.types import Glob, Override, OverrideType, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,6 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 from harness.check import Config, ConfigError
 from harness.schema import check_config
 from harness.targets import suggest
+
+SWEEP_FLAGS = {"-m", "--multirun"}
+SHOW_FLAGS = {"-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info"}
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
@@ -51,7 +54,8 @@ def compose_checked(overrides: Sequence[str]) -> Composed:
         parsed, problems = _parse(overrides)
         known = []
         for override in parsed:
-            problem = _group_problem(override, loader)
+            several = _several(override) if override.is_sweep_override() else None
+            problem = several or _group_problem(override, loader)
             problems += [problem] if problem else []
             known += [] if problem else [_lenient(override, loader)]
         try:
@@ -74,6 +78,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         ConfigError: with every override that is not of that form.
     """
     parsed, problems = _parse(overrides)
+    problems += [_several(override) for override in parsed if override.is_sweep_override()]
     if problems:
         raise ConfigError(problems)
     return {override.key_or_group: _plain(override.value()) for override in parsed}
@@ -119,11 +124,15 @@ def check_sweep(arguments: Sequence[str]) -> list[str]:
         ConfigError: with every problem found in the first job that has any.
     """
     flags = [a for a in arguments if a.startswith("-")]
-    if set(flags) - {"-m", "--multirun"}:
+    if unknown := set(flags) - SWEEP_FLAGS - SHOW_FLAGS:
+        known = ", ".join(sorted(SWEEP_FLAGS | SHOW_FLAGS))
+        raise ConfigError([f"{flag}: there is no such flag (flags: {known})" for flag in unknown])
+    if set(flags) & SHOW_FLAGS:
         return list(arguments)
     overrides = [a for a in arguments if a not in flags]
     for job in _expand(overrides):
-        compose_checked(job)
+        if compose_checked(job).config["run_dir"] is not None:
+            raise ConfigError(["run_dir: a sweep names its runs itself; set hydra.sweep.dir"])
     with _hydra() as loader:
         return [*flags, *(_lenient(override, loader) for override in _parse(overrides)[0])]
 
@@ -148,6 +157,10 @@ def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
         except HydraException as error:
             problems.append(f"{text}: not of the form key=value ({_first_line(error)})")
     return parsed, problems
+
+
+def _several(override: Override) -> str:
+    return f"{override.input_line}: several values are for a sweep; add -m to train.py"
 
 
 def _group_problem(override: Override, loader: ConfigLoader) -> str | None:
@@ -176,7 +189,7 @@ def _expand(overrides: Sequence[str]) -> Iterator[list[str]]:
         raise ConfigError(problems)
     axes = []
     for override in parsed:
-        if override.is_discrete_sweep():
+        if override.is_discrete_sweep() and not isinstance(override.value(), Glob):
             prefix = str(override.input_line).split("=", 1)[0]
             axes.append([f"{prefix}={value}" for value in override.sweep_string_iterator()])
         else:

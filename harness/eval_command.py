@@ -12,14 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.build import build
-from harness.check import Config
-from harness.checkpoints import checkpoint_config, read_checkpoint
+from harness.check import TARGET, Config, ConfigError
+from harness.checkpoints import checkpoint_config, checkpoint_vocabulary, read_checkpoint
 from harness.compose import CONFIG_DIR, compose_group, parse_overrides
 from harness.console import reference_line
-from harness.evaluation import Evaluation, evaluate, lengthened, restore_model
+from harness.evaluation import Evaluation, check_fit, evaluate, lengthened, restore_model
 from harness.provenance import provenance
 from harness.run_directory import RunDirectory, find_run
 from harness.schema import check_config, check_options
+from harness.signatures import signature_of
+from harness.targets import resolve_target
 from harness.training import blaming
 from tasks.base import Task
 
@@ -33,6 +35,13 @@ class EvalOptions:
     split: Literal["val", "test"]
     lengths: list[int] | None
     carry: list[bool] | None
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        if self.lengths is not None and (not self.lengths or min(self.lengths) < 1):
+            raise ConfigError([f"lengths: expected multiples of 1 or more, got {self.lengths}"])
+        if self.carry is not None and not self.carry:
+            raise ConfigError(["carry: expected [false], [true] or [false,true], got []"])
 
 
 def evaluate_command(arguments: Sequence[str]) -> list[Evaluation]:
@@ -50,18 +59,21 @@ def evaluate_command(arguments: Sequence[str]) -> list[Evaluation]:
     checkpoint = read_checkpoint(file)
     config = checkpoint_config(checkpoint)
     check_config(config)
-    task = _task_config(config, task_overrides)
-    model = restore_model(config, checkpoint)
-    given_length = any(o.startswith("task.seq_len=") for o in task_overrides)
+    task = _with_vocabulary_of(run, _task_config(config, task_overrides))
+    given_length = "task.seq_len" in parse_overrides(task_overrides)
     tasks = _tasks(task, asked.lengths or _default_lengths(task, given_length))
+    model = restore_model(config, checkpoint)
+    check_fit(checkpoint_vocabulary(checkpoint), model, tasks[0])
+    precision = config["trainer"].get("precision", "32-true")
     results = [
-        evaluate(model, built, split=asked.split, carry=carry)
+        evaluate(model, built, split=asked.split, carry=carry, precision=precision)
         for built in tasks
         for carry in _carries(asked.carry, built)
     ]
-    _record(run, file, asked, task, results)
-    print_evaluations(results, f"{file} on {task['_target_']} ({asked.split})")
+    print_evaluations(results, f"{file} on {task[TARGET]} ({asked.split})")
     print(reference_line(tasks[0], asked.split))
+    if run.config.exists():
+        _record(run, file, asked, task, results)
     return results
 
 
@@ -117,7 +129,20 @@ def _task_config(config: Config, overrides: Sequence[str]) -> Config:
 
 def _tasks(config: Config, lengths: Sequence[int]) -> list[Task]:
     with blaming("task"):
-        return [build(lengthened(config, multiple)) for multiple in lengths]
+        tasks: list[Task] = [build(lengthened(config, multiple)) for multiple in lengths]
+        for task in tasks:
+            task.prepare_data()
+    return tasks
+
+
+def _with_vocabulary_of(run: RunDirectory, task: Config) -> Config:
+    """The task with the tokenizer that the run kept, whatever text it is given."""
+    tokenizer = task.get("tokenizer")
+    if not isinstance(tokenizer, dict) or not run.tokenizer.exists():
+        return task
+    if "model_file" not in signature_of(resolve_target(tokenizer[TARGET])).types:
+        return task
+    return {**task, "tokenizer": {"model_file": str(run.tokenizer), **tokenizer}}
 
 
 def _default_lengths(task: Config, given_length: bool) -> list[int]:

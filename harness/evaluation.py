@@ -7,12 +7,14 @@ from typing import Any
 import torch
 
 from harness.build import build
-from harness.check import Config
+from harness.check import TARGET, Config
 from harness.checkpoints import load_weights
+from harness.targets import resolve_target
 from harness.training import build_model
-from layers import State, detach_state
-from models import LanguageModel, budget
+from layers import State, detach_state, state_tensors
+from models import LanguageModel
 from tasks.base import Batch, EvalSplit, Task
+from tasks.metrics import Metrics
 
 
 class FitError(ValueError):
@@ -27,7 +29,8 @@ class Evaluation:
         seq_len: tokens read at a time.
         carry: whether each block went on from the state of the one before.
         metrics: the task's metrics.
-        state_bytes: state per sequence after `seq_len` tokens.
+        state_bytes: the largest state carried per sequence: after `seq_len` tokens, or, where it
+            was carried on, after the last block.
         tokens_per_second: of the forward pass, metrics included.
     """
 
@@ -47,7 +50,10 @@ def restore_model(config: Config, checkpoint: dict[str, Any]) -> LanguageModel:
 
 
 def lengthened(task: Config, multiple: int) -> Config:
-    """A task's config at a multiple of its length, with about as many tokens per batch.
+    """A task's config at a multiple of its length.
+
+    A batch then holds about as many tokens, except where batches continue each other: there its
+    rows are lanes of one text, and fewer of them would carry a state further.
 
     Raises:
         FitError: the task has no one length to multiply.
@@ -56,57 +62,80 @@ def lengthened(task: Config, multiple: int) -> Config:
         return task
     if "seq_len" not in task:
         raise FitError(f"this task mixes lengths; it cannot be read at {multiple} times its length")
-    batch_size = max(1, task["batch_size"] // multiple)
-    return {**task, "seq_len": task["seq_len"] * multiple, "batch_size": batch_size}
+    longer = {**task, "seq_len": task["seq_len"] * multiple}
+    cls = resolve_target(task[TARGET])
+    assert issubclass(cls, Task)
+    if "batch_size" in task and not cls.continues:
+        longer["batch_size"] = max(1, task["batch_size"] // multiple)
+    return longer
 
 
-def check_fit(model: LanguageModel, task: Task) -> None:
-    """Raises FitError, with the reason, if the model cannot read the task."""
+def check_fit(trained_on: str, model: LanguageModel, task: Task) -> None:
+    """Raises FitError, with the reason, if the model cannot read the task.
+
+    Args:
+        trained_on: the vocabulary of the task that the model was trained on.
+        model: the trained model.
+        task: prepared.
+    """
     if task.vocab_size > model.vocab_size:
         raise FitError(
             f"the task {task.name!r} has {task.vocab_size} tokens, the model knows "
             f"{model.vocab_size}: it cannot read the others; evaluate a run trained on this "
             "vocabulary, or set the task's vocab_size"
         )
+    if task.vocabulary != trained_on:
+        raise FitError(
+            f"the task {task.name!r} has the vocabulary {task.vocabulary[:12]!r}, the model was "
+            f"trained on {trained_on[:12]!r}: it would read something else than is there"
+        )
 
 
 def evaluate(
-    model: LanguageModel, task: Task, *, split: EvalSplit = "test", carry: bool = False
+    model: LanguageModel,
+    task: Task,
+    *,
+    split: EvalSplit = "test",
+    carry: bool = False,
+    precision: str = "32-true",
 ) -> Evaluation:
     """Scores a model on a task's fixed set.
 
     Args:
         model: in eval mode, on the device to use.
-        task: prepared here.
+        task: one that fits the model; prepared here.
         split: which set.
         carry: start each batch from the state in which the one before ended; only for a task whose
             batches continue each other, row by row.
+        precision: the trainer's; "bf16-mixed" evaluates in bf16 where training did.
 
     Raises:
-        FitError: the task does not fit the model, or has nothing to carry over.
+        FitError: there is no state to carry over.
     """
-    check_fit(model, task)
     if carry and not task.continues:
         raise FitError(f"the task {task.name!r} has independent examples: no state to carry")
     task.prepare_data()
-    task.setup("test")
-    metrics, state, tokens, seconds = task.metrics(), None, 0, 0.0
+    metrics, state, tokens, seconds, held = task.metrics(), None, 0, 0.0, 0
+    device = next(model.parameters()).device
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
     for batch in task.eval_batches(split):
         started = time.perf_counter()
-        state = _score(model, batch, metrics, state if carry else None)
+        with mixed:
+            state = _score(model, batch, metrics, state if carry else None)
         seconds += time.perf_counter() - started
         tokens += batch.inputs.numel()
+        held = max(held, sum(t.numel() * t.element_size() // len(t) for t in state_tensors(state)))
     return Evaluation(
         seq_len=task.seq_len,
         carry=carry,
         metrics=metrics.compute(),
-        state_bytes=budget(model, task.seq_len).state_bytes,
+        state_bytes=held,
         tokens_per_second=tokens / seconds,
     )
 
 
 @torch.inference_mode()
-def _score(model: LanguageModel, batch: Batch, metrics: Any, state: State) -> State:
+def _score(model: LanguageModel, batch: Batch, metrics: Metrics, state: State) -> State:
     """Counts one batch and returns the state after it."""
     device = next(model.parameters()).device
     logits, state, _ = model(batch.inputs.to(device), state)

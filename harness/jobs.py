@@ -9,12 +9,14 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from harness.check import ConfigError
-from harness.checkpoints import read_checkpoint
+from harness.check import Config
+from harness.checkpoints import check_same_run, read_checkpoint
 from harness.compose import Composed
 from harness.console import reference_line, say
+from harness.loggers import read_metrics
 from harness.run_directory import (
     RunDirectory,
     RunError,
@@ -46,10 +48,14 @@ def start_run(composed: Composed) -> tuple[RunDirectory, dict[str, Any]]:
 def start_job(composed: Composed) -> None:
     """Trains one job of a sweep; it may fail without hiding the others."""
     hydra = HydraConfig.get()
-    if composed.config["run_dir"] is not None:
-        raise ConfigError(["run_dir: a sweep names its runs itself; set hydra.sweep.dir instead"])
+    if hydra.mode != RunMode.MULTIRUN:
+        start_run(composed)
+        return
     run = RunDirectory(Path(hydra.runtime.output_dir))
     overrides = [override.lstrip("+") for override in hydra.overrides.task]
+    if run.config.exists():
+        print(f"job {' '.join(overrides)} left out: {run.path} holds a run", file=sys.stderr)
+        return
     run.write_summary(status="failed", overrides=overrides)
     try:
         start_run(replace(composed, config={**composed.config, "run_dir": str(run.path)}))
@@ -75,11 +81,25 @@ def resume_run(where: str, others: Sequence[str] = ()) -> None:
         raise RunError(f"a run resumes from its last checkpoint; give its directory: {run.path}")
     config = run.read_config()
     check_config(config)
-    step = int(read_checkpoint(run.last)["global_step"]) if run.last.exists() else 0
+    step = _resume_step(run, config)
     if run.read_summary().get("status") == "finished":
         raise RunError(f"the run in {run.path} has finished, after {step} steps")
     prepared = prepare(config)
     _report(run, prepared, train(prepared, run, resume_step=step))
+
+
+def _resume_step(run: RunDirectory, config: Config) -> int:
+    """Updates behind the last checkpoint; 0 for a run that was stopped before its first."""
+    if run.last.exists():
+        checkpoint = read_checkpoint(run.last)
+        check_same_run(checkpoint, config, run.last)
+        return int(checkpoint["global_step"])
+    if read_metrics(run.metrics):
+        raise RunError(
+            f"{run.path} has metrics but no {run.last.name}; resuming would begin again and drop "
+            "them: put the checkpoint back, or start a new run"
+        )
+    return 0
 
 
 class SweepReport(Callback):

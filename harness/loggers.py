@@ -17,7 +17,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from harness.run_directory import rank, write_atomically
+from harness.run_directory import RunDirectory, rank, write_atomically
 
 STEP = "step"
 
@@ -90,11 +90,18 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [{**row, STEP: int(row[STEP])} for row in rows]
 
 
+def last_validation(path: Path, step: int) -> dict[str, float]:
+    """The metrics of the validation after `step` updates; empty if there was none."""
+    rows = [row for row in read_metrics(path) if row[STEP] == step]
+    found = [{k: v for k, v in row.items() if k.startswith("val/")} for row in rows]
+    return next((row for row in reversed(found) if row), {})
+
+
 class Dashboard(ABC):
     """A recipe of a dashboard's logger, made once the run has its directory."""
 
     @abstractmethod
-    def make(self, run_dir: Path, config: dict[str, Any]) -> Logger:
+    def make(self, run: RunDirectory, config: dict[str, Any]) -> Logger:
         """The logger of one run."""
 
     @abstractmethod
@@ -102,7 +109,7 @@ class Dashboard(ABC):
         """Ends the run on the dashboard; the next run of this process gets one of its own."""
 
     @abstractmethod
-    def hint(self, run_dir: Path) -> str:
+    def hint(self, run: RunDirectory) -> str:
         """One line that tells how to look at the run."""
 
 
@@ -120,7 +127,7 @@ class Wandb(Dashboard):
         self.project = project
         self.offline = mode == "offline" or (mode is None and not logged_in())
 
-    def make(self, run_dir: Path, config: dict[str, Any]) -> Logger:
+    def make(self, run: RunDirectory, config: dict[str, Any]) -> Logger:
         """A run with the directory's name; a resumed run continues under the same id."""
         if rank() != 0:
             return WandbLogger(offline=True)  # starts nothing: rank zero alone has a run
@@ -128,17 +135,17 @@ class Wandb(Dashboard):
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        run = wandb.init(
+        started = wandb.init(
             project=self.project,
-            name=run_dir.name,
-            id=run_dir.name,
-            dir=run_dir,
+            name=run.name,
+            id=run.identity,
+            dir=run.path,
             mode="offline" if self.offline else "online",
             resume=None if self.offline else "allow",
             config=config,
             settings=wandb.Settings(silent=True),
         )
-        return WandbLogger(experiment=run)
+        return WandbLogger(experiment=started)
 
     def close(self) -> None:
         """Finishes the wandb run, which the library would otherwise hand to the next logger."""
@@ -146,29 +153,29 @@ class Wandb(Dashboard):
 
         wandb.finish()
 
-    def hint(self, run_dir: Path) -> str:
+    def hint(self, run: RunDirectory) -> str:
         """How to see it."""
         if not self.offline:
-            return f"wandb: project {self.project!r}, run {run_dir.name}"
+            return f"wandb: project {self.project!r}, run {run.name}"
         return (
-            f"wandb (offline): `wandb leet {run_dir}/wandb` shows it in the terminal, "
-            f"`wandb sync {run_dir}/wandb/offline-run-*` uploads it"
+            f"wandb (offline): `wandb leet {run.path}/wandb` shows it in the terminal, "
+            f"`wandb sync {run.path}/wandb/offline-run-*` uploads it"
         )
 
 
 class TensorBoard(Dashboard):
     """TensorBoard event files in the run directory."""
 
-    def make(self, run_dir: Path, config: dict[str, Any]) -> Logger:
+    def make(self, run: RunDirectory, config: dict[str, Any]) -> Logger:
         """Event files under `tensorboard/`."""
-        return TensorBoardLogger(run_dir, name="", version="tensorboard")
+        return TensorBoardLogger(run.path, name="", version="tensorboard")
 
     def close(self) -> None:
         """Nothing is left open: Lightning closes the file after training."""
 
-    def hint(self, run_dir: Path) -> str:
+    def hint(self, run: RunDirectory) -> str:
         """How to see it."""
-        return f"tensorboard: `tensorboard --logdir {run_dir}`"
+        return f"tensorboard: `tensorboard --logdir {run.path}`"
 
 
 def logged_in() -> bool:

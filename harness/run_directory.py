@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -33,6 +34,18 @@ class RunDirectory:
     path: Path
 
     @property
+    def name(self) -> str:
+        """For people: the directory's own, after that of the sweep it belongs to."""
+        name = self.path.name
+        return f"{self.path.absolute().parent.name}_{name}" if name.isdigit() else name
+
+    @property
+    def identity(self) -> str:
+        """For dashboards: drawn once, so that equal names in two places are two runs."""
+        known = self.read_summary().get("id")
+        return str(known or self.write_summary(id=uuid.uuid4().hex[:12])["id"])
+
+    @property
     def config(self) -> Path:
         """The resolved config: what was run, complete."""
         return self.path / "config.yaml"
@@ -51,6 +64,11 @@ class RunDirectory:
     def evaluations(self) -> Path:
         """One JSON row per evaluation made later."""
         return self.path / "evaluations.jsonl"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The vocabulary that the run learnt, if it learnt one."""
+        return self.path / "tokenizer.model"
 
     @property
     def last(self) -> Path:
@@ -94,7 +112,10 @@ class RunDirectory:
         """What summary.json holds so far."""
         if not self.summary.exists():
             return {}
-        summary: dict[str, Any] = json.loads(self.summary.read_text())
+        try:
+            summary: dict[str, Any] = json.loads(self.summary.read_text())
+        except json.JSONDecodeError as error:
+            raise RunError(f"{self.summary} is not JSON: {error}") from error
         return summary
 
 
@@ -151,10 +172,10 @@ def find_run(where: str | Path) -> tuple[RunDirectory, Path | None]:
         RunError: nothing is there.
     """
     path = Path(where)
-    if path.is_dir():
+    if str(where) and path.is_dir():
         return RunDirectory(path), None
     if path.is_file():
-        return RunDirectory(path.parent.parent), path
+        return RunDirectory(path.absolute().parent.parent), path
     raise RunError(f"there is no run at {path}; give a run directory or a checkpoint file")
 
 

@@ -4,31 +4,54 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lightning.pytorch import Trainer
+from torch.optim import Optimizer
+
 from harness.check import (
     MISSING,
     TARGET,
     Config,
     ConfigError,
-    check_nested,
     check_target,
     check_value,
 )
+from harness.loggers import Dashboard
 from harness.signatures import readable, signature_of
 from harness.targets import suggest
+from harness.trainer_rules import check_trainer
+from layers import Layer
+from models import LanguageModel, Schedule
+from tasks.base import Task
 
-GIVEN: dict[str, tuple[str, ...]] = {
-    "task": (),
-    "mixer": (),
-    "ffn": (),
-    "model": ("vocab_size",),
-    "optimizer": ("params",),
-    "schedule": (),
-    "trainer": ("callbacks", "default_root_dir", "enable_checkpointing", "logger", "plugins"),
-    "logger": ("run_dir",),
+
+@dataclass(frozen=True)
+class Group:
+    """What a config group must describe.
+
+    Attributes:
+        kind: the class that it must build.
+        given: options of that class that the program supplies.
+        optional: whether the group may be null.
+    """
+
+    kind: type
+    given: tuple[str, ...] = ()
+    optional: bool = False
+
+
+GROUPS = {
+    "task": Group(Task),
+    "mixer": Group(Layer, optional=True),
+    "ffn": Group(Layer, optional=True),
+    "model": Group(LanguageModel, given=("vocab_size",)),
+    "optimizer": Group(Optimizer, given=("params",)),
+    "schedule": Group(Schedule),
+    "trainer": Group(
+        Trainer,
+        given=("callbacks", "default_root_dir", "enable_checkpointing", "logger", "plugins"),
+    ),
+    "logger": Group(Dashboard, optional=True),
 }
-"""Each group, with the options of its class that the program supplies."""
-
-OPTIONAL = {"mixer", "ffn", "logger"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +60,7 @@ class Options:
 
     Attributes:
         seed: of initialisation, data order and dropout.
-        run_dir: where the run writes; None picks `runs/<time>_<task>_<mixer>`.
+        run_dir: where the run writes; None picks `runs/<time>_<task>_<mixer>_seed<seed>`.
         compile: run the model through torch.compile.
         checkpoint_every: updates between two writes of `last.ckpt`.
     """
@@ -46,6 +69,16 @@ class Options:
     run_dir: str | None = None
     compile: bool = False
     checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        if self.checkpoint_every < 1 or self.seed < 0:
+            raise ConfigError(
+                [
+                    f"checkpoint_every ({self.checkpoint_every}) must be 1 or more and seed "
+                    f"({self.seed}) 0 or more"
+                ]
+            )
 
 
 def check_config(config: Config, raw: Config | None = None) -> None:
@@ -83,25 +116,14 @@ def options(config: Config) -> Options:
 def _problems(config: Config, raw: Config) -> Iterator[str]:
     scalars = signature_of(Options).types
     for key, value in config.items():
-        if key in GIVEN:
+        if key in GROUPS:
             yield from _check_group(key, value, raw.get(key))
         else:
-            yield from _check_scalar(key, value, scalars, groups=GIVEN)
-    yield from _check_length(config.get("trainer"))
-    for key in GIVEN.keys() - OPTIONAL - config.keys():
-        yield f"{key}: this group is missing"
-
-
-def _check_length(trainer: Any) -> Iterator[str]:
-    """A run is measured in updates and batches: its data have no end, so there are no epochs."""
-    if not isinstance(trainer, Mapping):
-        return
-    if not isinstance(trainer.get("max_steps"), int) or trainer["max_steps"] < 1:
-        yield "trainer.max_steps: a run needs a length: a number of updates, 1 or more"
-    if not isinstance(trainer.get("val_check_interval"), int) or trainer["val_check_interval"] < 1:
-        yield "trainer.val_check_interval: expected a number of batches, 1 or more"
-    if trainer.get("check_val_every_n_epoch") is not None:
-        yield "trainer.check_val_every_n_epoch: data have no end; leave it null"
+            yield from _check_scalar(key, value, scalars, groups=GROUPS)
+    yield from check_trainer(config.get("trainer"))
+    for key, group in GROUPS.items():
+        if key not in config and not group.optional:
+            yield f"{key}: this group is missing"
 
 
 def _check_scalar(
@@ -117,9 +139,8 @@ def _check_scalar(
 
 
 def _check_group(key: str, value: Any, raw: Any) -> Iterator[str]:
+    group = GROUPS[key]
     if isinstance(value, Mapping) and TARGET in value:
-        yield from check_target(value, key, GIVEN[key], raw)
-    elif isinstance(value, Mapping):
-        yield from check_nested(value, key, raw)
-    elif value is not None or key not in OPTIONAL:
+        yield from check_target(value, key, group.given, raw, group.kind)
+    elif value is not None or not group.optional:
         yield f"{key}: expected a group with a {TARGET}, got {value!r}"

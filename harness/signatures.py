@@ -1,8 +1,9 @@
 """What a class accepts from a config, read from its constructor."""
 
 import inspect
+import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -72,12 +73,27 @@ def _hints(of: Callable[..., Any]) -> dict[str, Any]:
 
 
 def accepts(hint: Any, value: Any) -> bool:
-    """Whether a plain config value fits an annotation; a list also serves as a tuple."""
+    """Whether a plain config value fits an annotation; a list also serves as a tuple.
+
+    Every element of a list is looked at: beartype by itself samples one.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is _ANY:
         return True
-    if isinstance(value, list) and is_bearable(tuple(value), hint, conf=_TOWER):
-        return True
-    return is_bearable(value, hint, conf=_TOWER)
+    if origin in (typing.Union, types.UnionType):
+        return any(accepts(choice, value) for choice in arguments)
+    if not isinstance(value, list) or not arguments:
+        return is_bearable(value, hint, conf=_TOWER)
+    if origin is tuple and Ellipsis not in arguments:
+        fits = len(arguments) == len(value)
+        return fits and all(accepts(h, v) for h, v in zip(arguments, value, strict=True))
+    if (
+        isinstance(origin, type)
+        and issubclass(origin, Iterable)
+        and not issubclass(origin, Mapping)
+    ):
+        return all(accepts(arguments[0], element) for element in value)
+    return False
 
 
 def readable(hint: Any) -> str:

@@ -13,7 +13,11 @@ ALLOWED = (
     "harness.loggers",
     "torch.nn",
     "torch.optim",
-    "lightning.pytorch",
+    "lightning.pytorch.Trainer",
+    "lightning.pytorch.trainer",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.profilers",
+    "lightning.pytorch.strategies",
 )
 
 
@@ -37,7 +41,7 @@ def resolve_target(name: object) -> type:
     found = _find(name)
     if not inspect.isclass(found):
         raise TargetError(f"{name} is not a class{suggest(name, _siblings(name))}")
-    if not _allowed(found.__module__ + "."):
+    if not _allowed(found.__module__):
         raise TargetError(
             f"{name} is {found.__module__}.{found.__qualname__}, which is not allowed"
         )
@@ -45,7 +49,7 @@ def resolve_target(name: object) -> type:
 
 
 def _allowed(name: str) -> bool:
-    return any(name.startswith(f"{package}.") for package in ALLOWED)
+    return any(name == allowed or name.startswith(f"{allowed}.") for allowed in ALLOWED)
 
 
 def _find(name: str) -> Any:

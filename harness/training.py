@@ -18,14 +18,15 @@ from harness.checkpoints import (
     Checkpoints,
     Interrupted,
     StopOnSignal,
-    validates_after,
 )
 from harness.console import RunProgressBar, label, quiet_libraries, say
-from harness.loggers import Dashboard, MetricsFile
+from harness.loggers import Dashboard, MetricsFile, last_validation
 from harness.provenance import config_hash, provenance
 from harness.run_directory import RunDirectory
 from harness.schema import options
-from models import LanguageModel, SequenceModule, budget
+from models import Budget, LanguageModel, SequenceModule, budget
+from models.lightning_module import OptimizerFactory
+from models.parameter_groups import parameter_groups
 from tasks.base import Task
 
 
@@ -37,11 +38,13 @@ class Prepared:
         config: the checked config.
         task: with its data prepared.
         model: at its initialisation.
+        budget: what the model costs at the task's length.
     """
 
     config: Config
     task: Task
     model: LanguageModel
+    budget: Budget
 
 
 def prepare(config: Config) -> Prepared:
@@ -55,7 +58,13 @@ def prepare(config: Config) -> Prepared:
         task.prepare_data()
     with blaming("model"):
         model = build_model(config, task)
-    return Prepared(config, task, model)
+        costs = budget(model, task.seq_len)
+    with blaming("optimizer"):
+        _optimizer(config)(parameter_groups(model, 0.0))
+    with blaming("schedule"):
+        build(config["schedule"])
+    options(config)
+    return Prepared(config, task, model, costs)
 
 
 def build_model(config: Config, task: Task) -> LanguageModel:
@@ -91,13 +100,7 @@ def train(
     chosen = options(config)
     quiet_libraries()
     seed_everything(chosen.seed, verbose=False)
-    run.write_summary(
-        status="running",
-        seed=chosen.seed,
-        config_hash=config_hash(config),
-        budget=budget(model, task.seq_len).as_dict(),
-        **provenance(),
-    )
+    _record_start(prepared, run, resume_step)
     module = _module(config, model, task)
     if chosen.compile:
         model.compile()
@@ -105,12 +108,30 @@ def train(
         with _loggers(config, run, resume_step) as loggers:
             trainer = _trainer(config, run, task, loggers, callbacks)
             trainer.fit(module, datamodule=task, ckpt_path=run.last if resume_step else None)
-            if not validates_after(trainer, trainer.global_step * trainer.accumulate_grad_batches):
+            if not last_validation(run.metrics, trainer.global_step):
                 trainer.validate(module, datamodule=task, verbose=False)
     except BaseException as error:
         run.write_summary(status=_status(error), error=str(error))
         raise
-    return run.write_summary(status="finished", error=None, **_results(trainer, task, resume_step))
+    done = trainer.global_step == trainer.max_steps
+    status = "finished" if done else "interrupted"
+    return run.write_summary(status=status, error=None, **_results(run, trainer, module, task))
+
+
+def _record_start(prepared: Prepared, run: RunDirectory, resume_step: int) -> None:
+    """Writes what is known before training; a resumed run keeps what its start recorded."""
+    if resume_step:
+        resumed = [*run.read_summary().get("resumed", []), {"step": resume_step, **provenance()}]
+        run.write_summary(status="running", resumed=resumed)
+        return
+    prepared.task.keep_vocabulary(run.path)
+    run.write_summary(
+        status="running",
+        seed=options(prepared.config).seed,
+        config_hash=config_hash(prepared.config),
+        budget=prepared.budget.as_dict(),
+        **provenance(),
+    )
 
 
 @contextmanager
@@ -121,9 +142,9 @@ def _loggers(config: Config, run: RunDirectory, resume_step: int) -> Iterator[li
     if dashboard is None:
         yield loggers
         return
-    say(dashboard.hint(run.path))
+    say(dashboard.hint(run))
     try:
-        yield [*loggers, dashboard.make(run.path, config)]
+        yield [*loggers, dashboard.make(run, config)]
     finally:
         dashboard.close()
 
@@ -138,16 +159,19 @@ def blaming(group: str) -> Iterator[None]:
 
 
 def _module(config: Config, model: LanguageModel, task: Task) -> SequenceModule:
-    optimizer = dict(config["optimizer"])
     return SequenceModule(
         model,
-        optimizer=lambda groups: build(optimizer, params=groups),
+        optimizer=_optimizer(config),
         schedule=build(config["schedule"]),
         metrics=task.metrics,
-        weight_decay=optimizer.get("weight_decay", 0.0),
+        weight_decay=config["optimizer"].get("weight_decay", 0.0),
         log_every=config["trainer"].get("log_every_n_steps", 50),
         seed=options(config).seed,
     )
+
+
+def _optimizer(config: Config) -> OptimizerFactory:
+    return lambda groups: build(config["optimizer"], params=groups)
 
 
 def _trainer(
@@ -157,16 +181,10 @@ def _trainer(
     loggers: list[Logger],
     extra_callbacks: Sequence[Callback],
 ) -> Trainer:
-    checkpoints = Checkpoints(
-        run,
-        config,
-        every=options(config).checkpoint_every,
-        monitor=task.monitor,
-        mode=task.monitor_mode,
-    )
+    checkpoints = Checkpoints(run, config, task=task, every=options(config).checkpoint_every)
     callbacks = [*extra_callbacks, Stopwatch(), checkpoints, StopOnSignal(checkpoints)]
     if config["trainer"].get("enable_progress_bar", True):
-        callbacks.append(RunProgressBar(label(run.path.name)))
+        callbacks.append(RunProgressBar(label(run.name)))
     with blaming("trainer"):
         trainer: Trainer = build(
             config["trainer"],
@@ -179,21 +197,21 @@ def _trainer(
     return trainer
 
 
-def _results(trainer: Trainer, task: Task, resume_step: int) -> dict[str, Any]:
-    tokens_per_step = (
-        task.batch_size * trainer.accumulate_grad_batches * trainer.world_size * task.seq_len
-    )
+def _results(
+    run: RunDirectory, trainer: Trainer, module: SequenceModule, task: Task
+) -> dict[str, Any]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     watch = next(c for c in callbacks if isinstance(c, Stopwatch))
-    timed = (trainer.global_step - resume_step) * tokens_per_step
-    values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-    return {
+    results = {
         "steps": trainer.global_step,
-        "tokens": trainer.global_step * tokens_per_step,
-        "tokens_per_second": round(timed / watch.seconds) if timed else 0,
-        "metrics": values,
+        "tokens": module.tokens,
+        "metrics": last_validation(run.metrics, trainer.global_step),
         "task": task.facts(),
     }
+    if watch.seconds:  # a run that was resumed after its last step has none
+        trained = module.tokens - watch.first_token
+        results["tokens_per_second"] = round(trained / watch.seconds)
+    return results
 
 
 class Stopwatch(Callback):
@@ -202,10 +220,12 @@ class Stopwatch(Callback):
     def __init__(self) -> None:
         self.seconds = 0.0
         self.since = 0.0
+        self.first_token = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts."""
-        self.since = time.perf_counter()
+        assert isinstance(pl_module, SequenceModule)
+        self.since, self.first_token = time.perf_counter(), pl_module.tokens
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Pauses."""

@@ -18,6 +18,7 @@ from layers.protocol import (
     join_aux,
     load_state,
     map_state,
+    require_at_least,
     save_state,
     select_state,
     state_tensors,

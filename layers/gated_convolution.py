@@ -13,7 +13,8 @@ class GatedConvolution(Layer):
     """`y = conv(x) * (W x) + x`: BaseConv of "Zoology" (arXiv 2312.04927) with a short filter.
 
     As the first layer of a recall model it moves each key next to its value, so that what follows
-    is compared on recall rather than on learning to shift.
+    is compared on recall rather than on learning to shift. As in the public code, the layer adds
+    its own input, so inside a `Residual` the stream also receives its normalised self.
 
     Args:
         d_model: width D.

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers.protocol import Layer, Output
+from layers.protocol import Layer, Output, require_at_least
 from layers.registry import register
 from layers.short_convolution import ConvState, ShortConvolution
 from ops.gated_delta import gated_delta
@@ -83,11 +83,13 @@ class GatedDeltaNet(Layer):
         chunk_size: int = 64,
     ) -> None:
         super().__init__()
+        require_at_least(1, heads=heads)
         if head_dim is None and d_model % heads:
             raise ValueError(f"heads ({heads}) must divide d_model ({d_model}), or give head_dim")
         self.heads, self.chunk_size = heads, chunk_size
-        self.key_dim = head_dim or d_model // heads
+        self.key_dim = d_model // heads if head_dim is None else head_dim
         self.value_dim = int(self.key_dim * expand_v)
+        require_at_least(1, head_dim=self.key_dim, value_size_of_a_head=self.value_dim)
         self.max_strength = 2.0 if negative_eigenvalues else 1.0
         keys, values = heads * self.key_dim, heads * self.value_dim
         self.qkv_proj = nn.Linear(d_model, 2 * keys + values, bias=False)

@@ -43,8 +43,8 @@ class Output(NamedTuple):
 class Layer(nn.Module):
     """Base of all layers: `d_model` first in the constructor, then keyword-only arguments.
 
-    The linear map through which a layer writes to the residual stream is named `out_proj`, so that
-    a model can scale it with depth.
+    The linear map through which a layer writes to the residual stream, if it ends in one, is named
+    `out_proj`, so that a model can scale it with depth.
     """
 
     def forward(self, x: Float[Tensor, "b t d"], state: State = None) -> Output:
@@ -80,6 +80,13 @@ class LayerList(nn.ModuleList):
 
 Recipe = Callable[[int], Layer]
 """A layer still waiting for its `d_model`: what a model or a combinator is given to build."""
+
+
+def require_at_least(minimum: float, **options: float) -> None:
+    """Raises ValueError for the first option below the minimum, by its name."""
+    for name, value in options.items():
+        if value < minimum:
+            raise ValueError(f"{name} must be {minimum} or more, got {value}")
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.protocol import Layer, Output
+from layers.protocol import Layer, Output, require_at_least
 from layers.registry import register
 from ops.short_convolution import short_convolution
 
@@ -33,8 +33,7 @@ class ShortConvolution(Layer):
 
     def __init__(self, d_model: int, *, conv_size: int = 4) -> None:
         super().__init__()
-        if conv_size < 1:
-            raise ValueError(f"conv_size must be 1 or more, got {conv_size}")
+        require_at_least(1, conv_size=conv_size)
         self.weight = nn.Parameter(torch.empty(d_model, conv_size))
         nn.init.uniform_(self.weight, -(conv_size**-0.5), conv_size**-0.5)
 

@@ -7,7 +7,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from layers.protocol import Layer, Output
+from layers.protocol import Layer, Output, require_at_least
 from layers.registry import register
 from layers.rotary import rotate
 from ops.attention import attention
@@ -69,9 +69,11 @@ class SoftmaxAttention(Layer):
         rope_base: float | None = 10_000.0,
     ) -> None:
         super().__init__()
+        require_at_least(1, heads=heads)
+        require_at_least(0, persistent=persistent)
         self.heads = heads
-        self.kv_heads = kv_heads or heads
-        self.head_dim = head_dim or d_model // heads
+        self.kv_heads = heads if kv_heads is None else kv_heads
+        self.head_dim = d_model // heads if head_dim is None else head_dim
         self.window = window
         self.rope_base = rope_base
         self._check_sizes(d_model, head_dim)
@@ -82,14 +84,14 @@ class SoftmaxAttention(Layer):
         self.persistent = nn.Parameter(torch.randn(persistent, d_model)) if persistent else None
 
     def _check_sizes(self, d_model: int, head_dim: int | None) -> None:
+        window = 1 if self.window is None else self.window
+        require_at_least(1, kv_heads=self.kv_heads, head_dim=self.head_dim, window=window)
         if head_dim is None and d_model % self.heads:
             raise ValueError(f"heads ({self.heads}) must divide d_model ({d_model})")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads ({self.kv_heads}) must divide heads ({self.heads})")
         if self.rope_base is not None and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window must be 1 or more, got {self.window}")
 
     def forward(self, x: Float[Tensor, "b t d"], state: KVCache | None = None) -> Output:
         """Attends from each token of `x` to the tokens of the cache and of `x` up to it."""

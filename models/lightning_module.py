@@ -60,6 +60,7 @@ class SequenceModule(LightningModule):
         self.seed = seed
         self.metrics = metrics()
         self._pending: list[dict[str, Tensor]] = []  # losses since the last update
+        self.tokens = 0  # read in training, by all processes, since the run began
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimiser over parameter groups, with the schedule applied after every update."""
@@ -79,6 +80,7 @@ class SequenceModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""
+        self.tokens += batch.inputs.numel() * self.trainer.world_size
         logits, _, aux = self.model(batch.inputs, keep_state=False)
         task_loss = F.cross_entropy(
             logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE
@@ -102,7 +104,7 @@ class SequenceModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clips by global norm, and refuses to step on a gradient that is not finite."""
-        limit = float("inf") if gradient_clip_val is None else gradient_clip_val
+        limit = gradient_clip_val or float("inf")  # 0 means no clipping, as it does to Lightning
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         if not norm.isfinite():
             names = ", ".join(nonfinite_gradients(self.model)) or "none; their norm overflows"
@@ -111,6 +113,14 @@ class SequenceModule(LightningModule):
                 f"parameters with non-finite gradients: {names}"
             )
         self._log_update(norm, optimizer.param_groups[0]["lr"])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the count of tokens."""
+        checkpoint["tokens"] = self.tokens
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the count of tokens."""
+        self.tokens = checkpoint["tokens"]
 
     def on_validation_epoch_start(self) -> None:
         """Starts counting afresh."""

@@ -8,8 +8,9 @@ from torch import nn
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Splits the parameters into those that decay and those that do not.
 
-    One rule: matrices decay. Vectors and scalars do not, which covers norms, biases and the decay
-    parameters of gates (A_log, dt_bias), where decay would change how long a memory lasts.
+    One rule: parameters with two or more axes decay (linear maps, embeddings, filters, learned
+    tokens). Vectors and scalars do not, which covers norms, biases and the decay parameters of
+    gates (A_log, dt_bias), where decay would change how long a memory lasts.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.ndim >= 2]

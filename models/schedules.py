@@ -50,6 +50,11 @@ class Cosine(Schedule):
 
     floor: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Checks the shares."""
+        super().__post_init__()
+        _check_floor(self.floor)
+
     def after_warmup(self, progress: float) -> float:
         """Falls from 1 to the floor."""
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -72,7 +77,13 @@ class WSD(Schedule):
         super().__post_init__()
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay is a share of the run, above 0 up to 1; got {self.decay}")
+        _check_floor(self.floor)
 
     def after_warmup(self, progress: float) -> float:
         """1 until the decay begins."""
         return min(1.0, self.floor + (1 - self.floor) * (1 - progress) / self.decay)
+
+
+def _check_floor(floor: float) -> None:
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor is a share of the peak, from 0 to 1; got {floor}")

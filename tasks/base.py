@@ -8,6 +8,7 @@ and test sets are the same in every epoch and in every run with that seed.
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -80,6 +81,14 @@ class Task(LightningDataModule, ABC):
     @abstractmethod
     def eval_batches(self, split: EvalSplit) -> BatchSet:
         """The fixed batches of `"val"` or `"test"`; may be iterated any number of times."""
+
+    @property
+    def vocabulary(self) -> str:
+        """What the token ids mean: a model reads a task only if it was trained on the same."""
+        return "symbols"
+
+    def keep_vocabulary(self, folder: Path) -> None:
+        """Puts into a run's folder what other text needs to be given the same ids, if anything."""
 
     def references(self, split: EvalSplit) -> dict[str, float]:
         """What `monitor` is for solvers that anyone can name, to hold a model's score against."""

@@ -42,6 +42,10 @@ def test_every_file_it_names_exists():
     assert len(named) > 8
 
 
+def test_no_figure_is_left_to_be_filled_in():
+    assert not re.search(r"\b[A-Z]+_TABLE\b|TODO", README)
+
+
 def test_every_task_is_in_the_table():
     for path in (ROOT / "configs" / "task").glob("*.yaml"):
         assert f"`{path.stem}`" in README

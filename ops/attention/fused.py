@@ -67,6 +67,8 @@ def attention(
     """
     _check(q, k, window, prefix)
     tokens, length = q.shape[1], k.shape[1] - prefix
+    if tokens == 0:
+        return v.new_empty(*q.shape[:3], v.shape[-1])
     past, window = length - tokens, length if window is None else min(window, length)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if past == prefix == 0 and window == length:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.gated_delta.chunk import gated_delta_chunk
+from ops.gated_delta.chunk import check_chunk_size, gated_delta_chunk
 from ops.gated_delta.naive import gated_delta_naive
 from ops.registry import Op
 
@@ -32,6 +32,7 @@ def gated_delta(
     both compute the same function, to rounding. Arguments and results are those of the chunked
     form; a prompt shorter than a chunk is worked in the smallest power of two that holds it.
     """
+    check_chunk_size(chunk_size)
     tokens = k.shape[1]
     if tokens <= _RECURRENT_UP_TO:
         return gated_delta_naive(q, k, v, g, beta, state, scale=scale)

@@ -225,6 +225,12 @@ class _GatedDelta(torch.autograd.Function):
         return (*grads, ds.view(dstate.shape), None, None, None)
 
 
+def check_chunk_size(chunk_size: int) -> None:
+    """Raise ValueError for a chunk that the blockwise inverse cannot be built for."""
+    if chunk_size < 4 or chunk_size & (chunk_size - 1):
+        raise ValueError(f"chunk_size is {chunk_size}; it must be a power of two, at least 4")
+
+
 @torch.compiler.disable
 @without_autocast
 def gated_delta_chunk(
@@ -263,8 +269,7 @@ def gated_delta_chunk(
     Raises:
         ValueError: If `chunk_size` is not a power of two of at least 4.
     """
-    if chunk_size < 4 or chunk_size & (chunk_size - 1):
-        raise ValueError(f"chunk_size is {chunk_size}; it must be a power of two, at least 4")
+    check_chunk_size(chunk_size)
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     if state is None:

@@ -56,4 +56,4 @@ def gated_delta_naive(
         error = v_t - torch.einsum("bhkv,bhk->bhv", s, k_t)
         s = s + torch.einsum("bhk,bhv->bhkv", b_t[..., None] * k_t, error)
         out.append(scale * torch.einsum("bhkv,bhk->bhv", s, q_t))
-    return torch.stack(out, 1).to(v.dtype), s
+    return (torch.stack(out, 1) if out else v).to(v.dtype), s

@@ -105,6 +105,15 @@ class Text(Task):
         """Bits per byte of the validation text under training frequencies of single tokens."""
         return self._baselines["val_unigram_bits_per_byte"]
 
+    @property
+    def vocabulary(self) -> str:
+        """The tokenizer's fingerprint."""
+        return self.store.meta.fingerprint
+
+    def keep_vocabulary(self, folder: Path) -> None:
+        """Puts the tokenizer's model there, where it has one."""
+        self.tokenizer.save(folder)
+
     def references(self, split: EvalSplit) -> dict[str, float]:
         """Bits per byte, on the text that is scored, of unigram counts and of two compressors."""
         suffix = "_bits_per_byte"

@@ -24,6 +24,8 @@ Ids = NDArray[np.int64]
 # Enough text for a vocabulary of a few thousand pieces, and trained on in seconds.
 SAMPLE_BYTES = 4_000_000
 
+MODEL_FILE = "tokenizer.model"
+
 # SentencePiece writes a space as this character; the character itself must go in as bytes.
 SPACE_MARK = "\u2581"
 
@@ -50,6 +52,9 @@ class Tokenizer(ABC):
 
         Does nothing for a tokenizer that has nothing to learn.
         """
+
+    def save(self, folder: Path) -> None:  # noqa: B027
+        """Writes what was learnt, if anything, so that other text can be given the same ids."""
 
     @property
     @abstractmethod
@@ -110,11 +115,13 @@ class SentencePieceTokenizer(Tokenizer):
     Args:
         vocab_size: V, the number of ids. A corpus too small to fill it leaves the last ids
             unused.
+        model_file: a vocabulary learnt before, to be used as it is; a run keeps the one it was
+            trained with as `tokenizer.model`. Default: learn one from the corpus.
     """
 
     end_of_document = 1
 
-    def __init__(self, vocab_size: int = 4096) -> None:
+    def __init__(self, vocab_size: int = 4096, model_file: str | None = None) -> None:
         if vocab_size < SMALLEST_VOCABULARY:
             raise ValueError(
                 f"vocab_size ({vocab_size}) must be at least {SMALLEST_VOCABULARY}: 260 ids are "
@@ -122,13 +129,16 @@ class SentencePieceTokenizer(Tokenizer):
             )
         self.vocab_size = vocab_size
         self.key = f"sentencepiece-bpe-{vocab_size}-{SAMPLE_BYTES}"
+        self._given = None if model_file is None else _read_model(model_file)
+        if self._given is not None:
+            self.key = f"sentencepiece-{vocab_size}-{hashlib.sha256(self._given).hexdigest()[:16]}"
         self._model: bytes | None = None
 
     def prepare(self, documents: Sequence[Document], folder: Path) -> None:
         """Loads the model from `folder`, where it is first learnt and put if there is none."""
-        path = folder / "tokenizer.model"
+        path = folder / MODEL_FILE
         if not path.exists():
-            model = _train(documents, self.vocab_size)
+            model = self._given or _train(documents, self.vocab_size)
             with replacing(path) as file:
                 file.write(model)
         model = path.read_bytes()
@@ -163,6 +173,11 @@ class SentencePieceTokenizer(Tokenizer):
             ids += self._processor.encode(part)
         return np.array(ids, dtype=np.int64)
 
+    def save(self, folder: Path) -> None:
+        """Writes the model to `folder`, for `model_file`."""
+        with replacing(folder / MODEL_FILE) as file:
+            file.write(self._prepared())
+
     def _prepared(self) -> bytes:
         if self._model is None:
             raise RuntimeError(
@@ -170,6 +185,13 @@ class SentencePieceTokenizer(Tokenizer):
                 "prepare(documents, folder), as the Text task does, before using it"
             )
         return self._model
+
+
+def _read_model(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise ValueError(f"model_file: cannot read {file}: {error.strerror}") from error
 
 
 def _train(documents: Sequence[Document], vocab_size: int) -> bytes:

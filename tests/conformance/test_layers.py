@@ -33,10 +33,15 @@ LENGTH = 13
 
 @every_layer
 @settings(max_examples=12, deadline=None)
-@given(cuts=st.sets(st.integers(1, LENGTH - 1)))
-def test_pieces_give_what_the_whole_gives(name, example, cuts):
-    layer, x = example_layer(name, example), example_input(name, length=LENGTH)
-    edges = [0, *sorted(cuts), LENGTH]
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(1, 150),
+    places=st.sets(st.floats(0, 1), max_size=4),
+)
+def test_pieces_give_what_the_whole_gives(name, example, batch, length, places):
+    layer, x = example_layer(name, example), example_input(name, batch, length)
+    cuts = {int(place * length) for place in places} | {0, length}
+    edges = sorted(cuts)
     sizes = [b - a for a, b in pairwise(edges)]
     whole, pieces = layer(x), run_in_pieces(layer, x, sizes)
     assert_close(pieces.y, whole.y, f"output in pieces {sizes}")

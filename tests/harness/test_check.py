@@ -66,13 +66,38 @@ def test_mistakes_inside_lists_are_found():
         ("model=null", "model=None: there is no such model"),
         ("task.seed=${nowhere}", "Interpolation key 'nowhere' not found"),
         ("trainer.precision=???", "needs a value"),
-        ("trainer.max_steps=-1", "trainer.max_steps: a run needs a length"),
-        ("trainer.val_check_interval=0.5", "expected a number of batches, 1 or more"),
+        ("trainer.max_steps=-1", "trainer.max_steps: expected a whole number, 1 or more, got -1"),
+        ("trainer.val_check_interval=0.5", "expected a whole number, 1 or more, got 0.5"),
+        ("trainer.accumulate_grad_batches=3", "must be a multiple of accumulate_grad_batches (3)"),
         ("trainer.check_val_every_n_epoch=1", "data have no end"),
+        ("trainer.max_epochs=3", "data have no end, so there are no epochs"),
+        ("trainer.limit_val_batches=0", "the best checkpoint needs a validation"),
+        ("trainer.gradient_clip_algorithm=value", "gradients are clipped by norm"),
+        ("trainer.precision=16-mixed", "use bf16-mixed or 32-true"),
+        ("mixer._target_=layers.Output", "mixer._target_: expected a Layer, got layers.Output"),
+        ("model._target_=layers.MLP", "expected a LanguageModel, got layers.MLP"),
+        ("~model._target_", "model: expected a group with a _target_"),
+        ("mixer=attention,sliding_window", "several values are for a sweep; add -m"),
+        ("optimizer._target_=lightning.pytorch.cli.LightningCLI", "may not be built"),
+        ("trainer.callbacks=[]", "the program sets this option of Trainer"),
     ],
 )
 def test_messages(override, message):
     assert any(message in p for p in problems_of("mixer=sliding_window", override))
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_every_element_of_a_list_is_checked(place):
+    pairs = ["4", "8", "16", "2"]
+    pairs[place] = "x"
+    for _ in range(5):
+        (found,) = problems_of(f"task.test_pairs=[{','.join(pairs)}]")
+        assert "task.test_pairs: expected" in found
+
+
+def test_an_inner_node_of_another_kind_is_named():
+    (found,) = problems_of("task=text", "task.tokenizer={_target_: layers.MLP}")
+    assert found == "task.tokenizer._target_: expected a Tokenizer, got layers.MLP"
 
 
 def test_a_required_option_that_is_missing_is_named():

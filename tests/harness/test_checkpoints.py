@@ -1,17 +1,25 @@
 """Checkpoints are whole or absent; what is not one of ours is refused and nothing is lost."""
 
 import json
+import math
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from harness.check import ConfigError
-from harness.checkpoints import checkpoint_config, read_checkpoint
+from harness.checkpoints import Checkpoints, checkpoint_config, read_checkpoint
 from harness.eval_command import evaluate_command
 from harness.jobs import resume_run
-from harness.run_directory import RunError, find_run, new_run_directory, write_atomically
-from harness.schema import check_config
+from harness.run_directory import (
+    RunDirectory,
+    RunError,
+    find_run,
+    new_run_directory,
+    write_atomically,
+)
+from tasks import MQAR
 
 
 def test_a_run_leaves_the_best_and_the_last(train_tiny):
@@ -129,9 +137,73 @@ def test_a_finished_run_is_not_resumed(train_tiny):
         resume_run(str(run.path))
 
 
+def interrupted(train_tiny, *overrides, name="run"):
+    run, _ = train_tiny(*overrides, name=name)
+    run.write_summary(status="interrupted")
+    return run
+
+
 def test_the_config_in_the_run_directory_is_checked_too(train_tiny):
-    run, _ = train_tiny()
+    run = interrupted(train_tiny)
     config = run.read_config()
     config["mixer"]["haeds"] = 3
-    with pytest.raises(ConfigError, match="haeds"):
-        check_config(config)
+    run.write_config(config)
+    with pytest.raises(ConfigError, match="did you mean 'heads'"):
+        resume_run(str(run.path))
+
+
+def test_a_checkpoint_of_another_run_is_refused(train_tiny):
+    run = interrupted(train_tiny)
+    other, _ = train_tiny("seed=9", "optimizer.lr=0.3", name="other")
+    run.last.write_bytes(other.last.read_bytes())
+    with pytest.raises(RunError, match="they differ in optimizer, seed, task; nothing was loaded"):
+        resume_run(str(run.path))
+
+
+def test_a_run_without_its_checkpoint_keeps_its_metrics(train_tiny):
+    run = interrupted(train_tiny)
+    run.last.unlink()
+    rows = run.metrics.read_text()
+    with pytest.raises(RunError, match=r"has metrics but no last\.ckpt"):
+        resume_run(str(run.path))
+    assert run.metrics.read_text() == rows
+
+
+def test_a_run_killed_after_its_last_step_is_finished_with_its_metrics(train_tiny):
+    run, summary = train_tiny()
+    rows = run.metrics.read_text()
+    run.write_summary(status="running", metrics={})
+    resume_run(str(run.path))
+    resumed = run.read_summary()
+    assert resumed["status"] == "finished"
+    assert resumed["metrics"] == summary["metrics"]
+    assert run.metrics.read_text() == rows
+
+
+def test_a_resumed_run_keeps_the_command_that_started_it(train_tiny):
+    run = interrupted(train_tiny)
+    command = run.read_summary()["command"]
+    run.write_summary(command="the first")
+    resume_run(str(run.path))
+    assert run.read_summary()["command"] == "the first"
+    assert run.read_summary()["resumed"][0]["command"] == command
+    assert run.read_summary()["resumed"][0]["step"] == 6
+
+
+def test_a_summary_that_is_broken_is_named(train_tiny):
+    run = interrupted(train_tiny)
+    run.summary.write_text("{")
+    with pytest.raises(RunError, match=r"summary\.json is not JSON"):
+        resume_run(str(run.path))
+
+
+def test_a_metric_that_is_no_number_is_never_the_best(tmp_path):
+    checkpoints = Checkpoints(RunDirectory(tmp_path), {}, task=MQAR(), every=1)
+    trainer = SimpleNamespace(sanity_checking=False, global_step=1, callback_metrics={})
+    saved = trainer.saved = []
+    trainer.save_checkpoint = lambda path: saved.append(path.name)
+    for value in (math.nan, 0.2, math.inf, 0.1, 0.3):
+        trainer.callback_metrics["val/accuracy"] = torch.tensor(value)
+        checkpoints.on_validation_end(trainer, None)
+    assert saved.count("best.ckpt") == 2
+    assert checkpoints.best == pytest.approx(0.3)

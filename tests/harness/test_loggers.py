@@ -8,6 +8,7 @@ import pytest
 
 from harness import loggers
 from harness.loggers import MetricsFile, read_metrics
+from harness.run_directory import RunDirectory
 from tests.harness.conftest import ROOT
 
 
@@ -78,6 +79,15 @@ def test_a_login_in_netrc_counts(monkeypatch, tmp_path):
     os.chmod(netrc, 0o600)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert loggers.logged_in()
+
+
+def test_equal_names_in_two_sweeps_are_two_runs(tmp_path):
+    runs = [RunDirectory(tmp_path / sweep / "0") for sweep in ("first", "second")]
+    for run in runs:
+        run.path.mkdir(parents=True)
+    assert [run.name for run in runs] == ["first_0", "second_0"]
+    assert runs[0].identity != runs[1].identity
+    assert runs[0].identity == RunDirectory(runs[0].path).identity
 
 
 def test_wandb_offline_writes_into_the_run_directory(train_tiny, capsys):

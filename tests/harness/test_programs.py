@@ -41,6 +41,13 @@ def test_a_typo_in_a_sweep_stops_it_before_any_job(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_flag_that_does_not_exist_is_named(tmp_path):
+    done = program("train.py", "--mixer", "attention", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--mixer: there is no such flag" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_lists_the_groups(tmp_path):
     done = program("train.py", "--help", cwd=tmp_path)
     assert done.returncode == 0

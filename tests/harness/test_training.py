@@ -1,13 +1,17 @@
 """One run, in its variants."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from harness.check import ConfigError
+from harness.compose import compose_checked
+from harness.jobs import start_run
 from harness.loggers import read_metrics
 from models.diagnosis import NonFiniteError
+from tests.harness.conftest import TINY
 
 
 def test_summary_holds_what_a_table_needs(train_tiny):
@@ -34,11 +38,51 @@ def test_equal_seeds_give_equal_losses_and_others_do_not(train_tiny):
     assert losses[0] != losses[2]
 
 
-def test_accumulating_gradients_equals_a_larger_batch(train_tiny):
-    pieces, _ = train_tiny("trainer.accumulate_grad_batches=2", name="pieces")
-    rows = read_metrics(pieces.metrics)
-    steps = [row["step"] for row in rows if "train/loss" in row]
-    assert steps == [1, 2, 3, 4, 5, 6]
+def test_accumulated_batches_make_one_update_and_one_row(train_tiny):
+    options = ("trainer.accumulate_grad_batches=3", "trainer.val_check_interval=9")
+    run, summary = train_tiny(*options)
+    rows = read_metrics(run.metrics)
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "val/loss" in row] == [3, 6]
+    assert summary["tokens"] == 6 * 3 * 4 * 16
+
+
+def test_tokens_of_a_mixture_are_those_that_were_read(tmp_path):
+    part = {"_target_": "tasks.MQAR", "vocab_size": 32, "batch_size": 2, "test_examples": 2}
+    composed = compose_checked([*(o for o in TINY if o[:5] != "task."), "task=mqar_mix"])
+    task = {
+        "_target_": "tasks.RecallMixture",
+        "train": [{**part, "seq_len": 8, "pairs": 2}],
+        "test": [{**part, "seq_len": 64, "pairs": 2}],
+    }
+    config = {**composed.config, "task": task, "run_dir": str(tmp_path / "run")}
+    _, summary = start_run(replace(composed, config=config))
+    assert summary["tokens"] == 6 * 2 * 8
+
+
+def test_no_clipping_is_not_clipping_to_nothing(train_tiny):
+    runs = [train_tiny(f"trainer.gradient_clip_val={v}", name=str(v))[0] for v in (0, 1000)]
+    losses = [[r.get("train/loss") for r in read_metrics(run.metrics)] for run in runs]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=-1", "optimizer: Invalid learning rate"),
+        ("schedule.floor=5", "schedule: floor is a share of the peak"),
+        ("mixer.heads=0", "model: heads must be 1 or more, got 0"),
+        ("mixer.chunk_size=48", "model: chunk_size is 48; it must be a power of two"),
+        ("mixer.expand_v=0.01", "model: value_size_of_a_head must be 1 or more"),
+        ("checkpoint_every=0", r"checkpoint_every \(0\) must be 1 or more"),
+    ],
+)
+def test_values_out_of_range_stop_the_run_before_it_has_a_directory(
+    train_tiny, tmp_path, override, message
+):
+    with pytest.raises(ConfigError, match=message):
+        train_tiny(override)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
