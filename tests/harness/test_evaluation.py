@@ -97,7 +97,7 @@ def text_run(train_tiny, tmp_path):
         "task=text", "model.d_model=16", "model.n_layers=1", "mixer.heads=1", "logger=csv",
         f"task.source={{_target_: tasks.LocalFiles, paths: ['{files}/*.txt']}}",
         f"task.cache_dir={tmp_path / 'cache'}",
-        "task.seq_len=32", "task.batch_size=4", "trainer.max_steps=10", "+task.eval_tokens=2000",
+        "task.seq_len=32", "task.batch_size=4", "trainer.max_steps=10", "task.eval_tokens=3000",
         "trainer.enable_progress_bar=false", f"run_dir={tmp_path / 'text'}",
     ])  # fmt: skip
     return start_run(composed)
