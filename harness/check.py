@@ -40,15 +40,17 @@ def check_target(
         where: its path in the config, for messages.
         given: options that the program supplies and the config may not.
         raw: the same node before interpolation. What it refers to elsewhere is checked there only.
-        kind: the class that what is built must be an instance of; other annotations pass.
+        kind: the class or classes that what is built must be of; other annotations pass.
     """
     try:
         cls = resolve_target(node[TARGET])
     except TargetError as error:
         yield f"{where}.{TARGET}: {error}"
         return
-    if isinstance(kind, type) and not issubclass(cls, kind):
-        yield f"{where}.{TARGET}: expected a {kind.__name__}, got {node[TARGET]}"
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if all(isinstance(k, type) for k in kinds) and not issubclass(cls, kinds):
+        names = " or ".join(k.__name__ for k in kinds)
+        yield f"{where}.{TARGET}: expected a {names}, got {node[TARGET]}"
         return
     signature = signature_of(cls)
     signature = signature.without(given)

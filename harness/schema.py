@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
 from torch.optim import Optimizer
 
 from harness.check import (
@@ -29,12 +30,12 @@ class Group:
     """What a config group must describe.
 
     Attributes:
-        kind: the class that it must build.
+        kind: the class, or the classes, that it must build.
         given: options of that class that the program supplies.
         optional: whether the group may be null.
     """
 
-    kind: type
+    kind: type | tuple[type, ...]
     given: tuple[str, ...] = ()
     optional: bool = False
 
@@ -50,7 +51,7 @@ GROUPS = {
         Trainer,
         given=("callbacks", "default_root_dir", "enable_checkpointing", "logger", "plugins"),
     ),
-    "logger": Group(Dashboard, optional=True),
+    "logger": Group((Dashboard, Logger), optional=True),
 }
 
 

@@ -16,6 +16,7 @@ ALLOWED = (
     "lightning.pytorch.Trainer",
     "lightning.pytorch.trainer",
     "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
     "lightning.pytorch.profilers",
     "lightning.pytorch.strategies",
 )

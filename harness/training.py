@@ -138,9 +138,9 @@ def _record_start(prepared: Prepared, run: RunDirectory, resume_step: int) -> No
 def _loggers(config: Config, run: RunDirectory, resume_step: int) -> Iterator[list[Logger]]:
     """metrics.csv and, where one is chosen, a dashboard that is closed whatever happens."""
     loggers: list[Logger] = [MetricsFile(run.metrics, resume_step)]
-    dashboard: Dashboard | None = build(config.get("logger"))
-    if dashboard is None:
-        yield loggers
+    dashboard: Dashboard | Logger | None = build(config.get("logger"))
+    if not isinstance(dashboard, Dashboard):  # none, or one of Lightning's own loggers
+        yield loggers if dashboard is None else [*loggers, dashboard]
         return
     say(dashboard.hint(run))
     try:

@@ -27,65 +27,41 @@ SMALL_TASK = {
 }
 
 
+GROUPS = (
+    "mixer",
+    "ffn",
+    "model",
+    "task",
+    "optimizer",
+    "schedule",
+    "trainer",
+    "logger",
+    "experiment",
+)
+
+
 def files(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
 
 
-def take_a_step(tmp_path, *overrides: str) -> None:
-    composed = compose_checked([*SMALL, f"run_dir={tmp_path / 'run'}", *overrides])
+CASES = [(group, name) for group in GROUPS for name in files(group)]
+
+
+@pytest.mark.parametrize(("group", "name"), CASES, ids=str)
+def test_every_config_takes_a_step(tmp_path, group, name, text_cache, monkeypatch):
+    monkeypatch.setenv("MNEME_CACHE", str(text_cache))
+    small_task = SMALL_TASK[name] if group == "task" else SMALL_MQAR
+    composed = compose_checked([*SMALL, *small_task, f"{group}={name}", f"run_dir={tmp_path}"])
     run, summary = start_run(composed)
-    assert summary["status"] == "finished"
     losses = [row["train/loss"] for row in read_metrics(run.metrics) if "train/loss" in row]
+    assert summary["status"] == "finished"
     assert len(losses) == 1
     assert losses[0] > 0
 
 
-@pytest.mark.parametrize("mixer", files("mixer"))
-def test_every_mixer_takes_a_step(tmp_path, mixer):
-    take_a_step(tmp_path, f"mixer={mixer}", *SMALL_MQAR)
-
-
-@pytest.mark.parametrize("ffn", files("ffn"))
-def test_every_feed_forward_takes_a_step(tmp_path, ffn):
-    take_a_step(tmp_path, f"ffn={ffn}", *SMALL_MQAR)
-
-
-@pytest.mark.parametrize("model", files("model"))
-def test_every_model_takes_a_step(tmp_path, model):
-    take_a_step(tmp_path, f"model={model}", *SMALL_MQAR)
-
-
-@pytest.mark.parametrize("task", files("task"))
-def test_every_task_takes_a_step(tmp_path, task, text_cache, monkeypatch):
-    monkeypatch.setenv("MNEME_CACHE", str(text_cache))
-    take_a_step(tmp_path, f"task={task}", "model=recall", *SMALL_TASK[task])
-
-
-@pytest.mark.parametrize("schedule", files("schedule"))
-@pytest.mark.parametrize("optimizer", files("optimizer"))
-def test_every_optimizer_and_schedule_takes_a_step(tmp_path, optimizer, schedule):
-    take_a_step(tmp_path, f"optimizer={optimizer}", f"schedule={schedule}", *SMALL_MQAR)
-
-
-@pytest.mark.parametrize("logger", files("logger"))
-def test_every_logger_takes_a_step(tmp_path, logger):
-    take_a_step(tmp_path, f"logger={logger}", *SMALL_MQAR)
-
-
-@pytest.mark.parametrize("trainer", files("trainer"))
-def test_every_trainer_takes_a_step(tmp_path, trainer):
-    take_a_step(tmp_path, f"trainer={trainer}", *SMALL_MQAR)
-
-
-@pytest.mark.parametrize("experiment", files("experiment"))
-def test_every_experiment_takes_a_step(tmp_path, experiment):
-    take_a_step(tmp_path, f"experiment={experiment}", *SMALL_MQAR)
-
-
 @pytest.mark.parametrize("group", [path.name for path in CONFIG_DIR.iterdir() if path.is_dir()])
 def test_no_group_escapes_these_tests(group):
-    tested = {"mixer", "ffn", "model", "task", "schedule", "optimizer", "logger", "trainer"}
-    assert group in tested | {"experiment"}
+    assert group in GROUPS
     assert files(group)
 
 

@@ -160,6 +160,16 @@ def test_a_checkpoint_of_another_run_is_refused(train_tiny):
         resume_run(str(run.path))
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_again(train_tiny, tmp_path):
+    run, summary = train_tiny()
+    early = RunDirectory(tmp_path / "early")
+    early.path.mkdir()
+    early.write_config(run.read_config())
+    resume_run(str(early.path))
+    assert early.read_summary()["metrics"] == summary["metrics"]
+    assert early.metrics.read_text() == run.metrics.read_text()
+
+
 def test_a_run_without_its_checkpoint_keeps_its_metrics(train_tiny):
     run = interrupted(train_tiny)
     run.last.unlink()

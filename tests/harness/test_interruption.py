@@ -17,7 +17,8 @@ RUN = (
     "mixer=gated_deltanet",
     "model.dropout=0.1",
     f"trainer.max_steps={STEPS}",
-    "trainer.val_check_interval=30",
+    "trainer.accumulate_grad_batches=2",
+    "trainer.val_check_interval=60",  # batches: 30 updates
     "checkpoint_every=7",
 )
 
