@@ -108,7 +108,8 @@ def train(
         with _loggers(config, run, resume_step) as loggers:
             trainer = _trainer(config, run, task, loggers, callbacks)
             trainer.fit(module, datamodule=task, ckpt_path=run.last if resume_step else None)
-            if not last_validation(run.metrics, trainer.global_step):
+            unvalidated = not last_validation(run.metrics, trainer.global_step)
+            if trainer.strategy.broadcast(unvalidated):  # all processes must agree
                 trainer.validate(module, datamodule=task, verbose=False)
     except BaseException as error:
         run.write_summary(status=_status(error), error=str(error))
