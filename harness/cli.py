@@ -5,13 +5,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hydra.errors import HydraException
+
 from harness.check import ConfigError
 from harness.checkpoints import Interrupted
 from harness.evaluation import FitError
 from harness.run_directory import RunError
 from models.diagnosis import NonFiniteError
 
-USER_ERRORS = (ConfigError, FitError, RunError, NonFiniteError)
+USER_ERRORS = (ConfigError, FitError, RunError)
 
 
 @contextmanager
@@ -33,6 +35,6 @@ def report_errors() -> Iterator[None]:
     except NonFiniteError as error:
         print(f"\n{error}", file=sys.stderr)
         sys.exit(1)
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, HydraException) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -16,7 +16,13 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, OverrideType, QuotedString
+from hydra.core.override_parser.types import (
+    Glob,
+    IntervalSweep,
+    Override,
+    OverrideType,
+    QuotedString,
+)
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -185,11 +191,16 @@ def _lenient(override: Override, loader: ConfigLoader) -> str:
 def _expand(overrides: Sequence[str]) -> Iterator[list[str]]:
     """The jobs of a sweep: every combination of the listed values."""
     parsed, problems = _parse(overrides)
+    problems += [
+        f"{override.input_line}: list the values of a sweep, separated by commas"
+        for override in parsed
+        if isinstance(override.value(), Glob | IntervalSweep)
+    ]
     if problems:
         raise ConfigError(problems)
     axes = []
     for override in parsed:
-        if override.is_discrete_sweep() and not isinstance(override.value(), Glob):
+        if override.is_discrete_sweep():
             prefix = str(override.input_line).split("=", 1)[0]
             axes.append([f"{prefix}={value}" for value in override.sweep_string_iterator()])
         else:

@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from harness.check import ConfigError
-from harness.compose import checked, compose_checked, parse_overrides
+from harness.compose import check_sweep, checked, compose_checked, parse_overrides
 
 
 def problems_of(*overrides: str) -> list[str]:
@@ -98,6 +98,19 @@ def test_every_element_of_a_list_is_checked(place):
 def test_an_inner_node_of_another_kind_is_named():
     (found,) = problems_of("task=text", "task.tokenizer={_target_: layers.MLP}")
     assert found == "task.tokenizer._target_: expected a Tokenizer, got layers.MLP"
+
+
+@pytest.mark.parametrize("override", ["mixer=glob(*)", "optimizer.lr=interval(0,1)"])
+def test_a_sweep_lists_its_values(override):
+    with pytest.raises(ConfigError, match="list the values of a sweep"):
+        check_sweep(["-m", override])
+
+
+def test_every_job_of_a_sweep_is_checked():
+    with pytest.raises(ConfigError, match="no option 'windw'"):
+        check_sweep(["-m", "mixer=attention,gated_deltanet", "seed=0,1", "mixer.windw=4"])
+    with pytest.raises(ConfigError, match="a sweep names its runs itself"):
+        check_sweep(["-m", "seed=0,1", "run_dir=x"])
 
 
 def test_a_required_option_that_is_missing_is_named():
