@@ -51,9 +51,9 @@ class RunProgressBar(RichProgressBar):
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """The loss, without the version that loggers of Lightning have."""
-        metrics = super().get_metrics(trainer, pl_module)
-        return {name: value for name, value in metrics.items() if name != "v_num"}
+        """The newest loss, read when the bar is drawn rather than logged in every step."""
+        loss = getattr(pl_module, "latest_loss", None)
+        return {} if loss is None else {"loss": float(loss)}
 
     def _get_train_description(self, current_epoch: int) -> str:
         return self.label
