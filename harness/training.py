@@ -60,10 +60,9 @@ def prepare(config: Config) -> Prepared:
         model = build_model(config, task)
         costs = budget(model, task.seq_len)
     with blaming("optimizer"):
-        _optimizer(config)(parameter_groups(model, 0.0))
+        _optimizer(config)(parameter_groups(model))
     with blaming("schedule"):
         build(config["schedule"])
-    options(config)
     return Prepared(config, task, model, costs)
 
 
@@ -165,7 +164,6 @@ def _module(config: Config, model: LanguageModel, task: Task) -> SequenceModule:
         optimizer=_optimizer(config),
         schedule=build(config["schedule"]),
         metrics=task.metrics,
-        weight_decay=config["optimizer"].get("weight_decay", 0.0),
         log_every=config["trainer"].get("log_every_n_steps", 50),
         seed=options(config).seed,
     )

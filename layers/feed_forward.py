@@ -33,7 +33,7 @@ class MLP(Layer):
 
 @register(default={"expand": 2})
 class SwiGLU(Layer):
-    """`y = W_out (silu(W_gate x) * W_in x)`, the gated feed-forward of arXiv 2002.05202, eq. 6.
+    """`y = W_out (silu(W_gate x) * W_in x)`, the gated feed-forward of arXiv 2002.05202.
 
     Args:
         d_model: width D.

@@ -10,7 +10,7 @@ from layers.short_convolution import ConvState, ShortConvolution
 
 @register(default={"conv_size": 3})
 class GatedConvolution(Layer):
-    """`y = conv(x) * (W x) + x`: BaseConv of "Zoology" (arXiv 2312.04927) with a short filter.
+    """`y = conv(x) * (W x + b) + x`: BaseConv of "Zoology" (arXiv 2312.04927) with a short filter.
 
     As the first layer of a recall model it moves each key next to its value, so that what follows
     is compared on recall rather than on learning to shift. As in the public code, the layer adds

@@ -37,7 +37,7 @@ class GatedDeltaState(NamedTuple):
     bare={"heads": 1, "conv_size": 1, "output_gate": False},
 )
 class GatedDeltaNet(Layer):
-    """The gated delta rule of "Gated Delta Networks" (arXiv 2412.06464), eq. 10.
+    """The gated delta rule of "Gated Delta Networks" (arXiv 2412.06464).
 
     Per head, `S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T`,
     `o_t = S_t^T q_t / sqrt(K)`, with
@@ -139,7 +139,7 @@ class GatedDeltaNet(Layer):
 
     def _log_decay(self, x: Tensor) -> Tensor:
         step = F.softplus(_at_least_fp32(self.decay_proj(x)) + self.dt_bias)
-        return -self.A_log.exp() * step
+        return -_at_least_fp32(self.A_log).exp() * step
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class SoftmaxAttention(Layer):
         q = rearrange(self.q_proj(x), "b t (h k) -> b t h k", h=self.heads)
         k, v = self._keys_values(x)
         state = self._empty(x.shape[0], like=k) if state is None else state
-        q, k = self._place(q, state.position), self._place(k, state.position)
+        q, k = self._placed(q, k, state.position)
         k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)
         y = attention(q, *self._with_persistent(k, v), window=self.window, prefix=self._prefix)
         cache = KVCache(self._visible(k), self._visible(v), state.position + x.shape[1])
@@ -126,11 +126,12 @@ class SoftmaxAttention(Layer):
         position = torch.zeros(batch_size, dtype=torch.long, device=like.device)
         return KVCache(cache, cache, position)
 
-    def _place(self, heads: Tensor, start: Tensor) -> Tensor:
+    def _placed(self, q: Tensor, k: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         if self.rope_base is None:
-            return heads
-        positions = start[:, None] + torch.arange(heads.shape[1], device=heads.device)
-        return rotate(heads, positions, self.rope_base)
+            return q, k
+        positions = start[:, None] + torch.arange(q.shape[1], device=q.device)
+        q, k = rotate(q, k, positions=positions, base=self.rope_base)
+        return q, k
 
     def _with_persistent(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.persistent is None:

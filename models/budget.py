@@ -20,6 +20,7 @@ class Budget:
         active_parameters: those that one token touches.
         state_bytes: state per sequence after T tokens, in the dtypes the model carries it in.
         flops_per_token: forward, matrix products only (1 multiply-add = 2), averaged over T.
+            Softmax attention is charged for all T x T scores, twice the causal half.
         decode_bytes_per_token: memory read to decode one token after T: active parameters and
             state.
     """

@@ -31,7 +31,6 @@ class SequenceModule(LightningModule):
         optimizer: makes the optimiser from parameter groups.
         schedule: multiplier of the learning rate by step.
         metrics: makes an empty accumulator of the task's metrics.
-        weight_decay: decay of matrices; vectors and scalars never decay.
         log_every: updates between two logged rows.
         seed: of dropout and whatever else draws in training.
 
@@ -46,7 +45,6 @@ class SequenceModule(LightningModule):
         optimizer: OptimizerFactory,
         schedule: Schedule,
         metrics: Callable[[], Metrics],
-        weight_decay: float = 0.0,
         log_every: int = 10,
         seed: int = 0,
     ) -> None:
@@ -55,7 +53,6 @@ class SequenceModule(LightningModule):
         self.optimizer_factory = optimizer
         self.schedule = schedule
         self.metrics_factory = metrics
-        self.weight_decay = weight_decay
         self.log_every = log_every
         self.seed = seed
         self.metrics = metrics()
@@ -65,7 +62,7 @@ class SequenceModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimiser over parameter groups, with the schedule applied after every update."""
-        optimizer = self.optimizer_factory(parameter_groups(self.model, self.weight_decay))
+        optimizer = self.optimizer_factory(parameter_groups(self.model))
         total = self.trainer.max_steps
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: self.schedule(step, total)

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Splits the parameters into those that decay and those that do not.
 
     One rule: parameters with two or more axes decay (linear maps, embeddings, filters, learned
@@ -15,8 +15,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.ndim >= 2]
     vectors = [p for p in parameters if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
+    groups: list[dict[str, Any]] = [
+        {"params": matrices},  # with the optimiser's own decay
         {"params": vectors, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

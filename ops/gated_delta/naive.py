@@ -23,7 +23,7 @@ def gated_delta_naive(
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
     """Read a matrix memory that decays, then corrects what it stores under each new key.
 
-    With a_t = exp(g_t), the recurrence of Gated DeltaNet (arXiv 2412.06464, eq. 10, written for
+    With a_t = exp(g_t), the recurrence of Gated DeltaNet (arXiv 2412.06464, written for
     a state whose rows are keys) is
 
         S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T,    y_t = scale * S_t^T q_t.

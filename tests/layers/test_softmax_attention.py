@@ -21,12 +21,13 @@ def test_rotated_products_depend_on_the_distance_alone():
     q, k = torch.randn(1, 1, 1, 8).double(), torch.randn(1, 1, 1, 8).double()
 
     def score(a: int, b: int):
-        position = [torch.tensor([[p]]) for p in (a, b)]
-        return (rotate(q, position[0], 1e4) * rotate(k, position[1], 1e4)).sum()
+        (turned_q,) = rotate(q, positions=torch.tensor([[a]]), base=1e4)
+        (turned_k,) = rotate(k, positions=torch.tensor([[b]]), base=1e4)
+        return (turned_q * turned_k).sum()
 
     assert_close(score(1005, 1002), score(3, 0), "score", 1e-12)
     assert (score(5, 0) - score(3, 0)).abs() > 1e-6
-    assert torch.equal(rotate(q, torch.tensor([[0]]), 1e4), q)
+    assert torch.equal(rotate(q, positions=torch.tensor([[0]]), base=1e4)[0], q)
 
 
 def test_a_window_sees_its_width_and_no_more():

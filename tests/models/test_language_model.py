@@ -94,7 +94,7 @@ def test_what_layers_report_arrives_under_their_place():
 
 def test_matrices_decay_and_vectors_do_not():
     net = model()
-    decayed, kept = parameter_groups(net, 0.1)
+    decayed, kept = torch.optim.AdamW(parameter_groups(net), weight_decay=0.1).param_groups
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
     kept_ids = {id(p) for p in kept["params"]}
     for name, parameter in net.named_parameters():
@@ -106,7 +106,7 @@ def test_matrices_decay_and_vectors_do_not():
 def test_a_frozen_parameter_is_left_to_itself():
     net = model()
     net.embedding.weight.requires_grad_(False)
-    listed = {id(p) for group in parameter_groups(net, 0.1) for p in group["params"]}
+    listed = {id(p) for group in parameter_groups(net) for p in group["params"]}
     assert id(net.embedding.weight) not in listed
 
 
