@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ops.gated_delta.tiles import Tiling
-from ops.gated_delta.triangular import inverse_of_one_minus
 from ops.precision import without_autocast
+from ops.triangular import inverse_of_one_minus
 
 
 class _Gates(NamedTuple):

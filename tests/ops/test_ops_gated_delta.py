@@ -5,7 +5,7 @@ import torch
 
 from ops import OPS
 from ops.gated_delta import gated_delta, gated_delta_chunk, gated_delta_naive
-from ops.gated_delta.triangular import inverse_of_one_minus
+from ops.triangular import inverse_of_one_minus
 from tests.ops.calls import gradients, make, results
 from tests.ops.closeness import assert_close
 

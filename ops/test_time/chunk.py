@@ -1,0 +1,461 @@
+"""Test-time memories in the closed form of a chunk, with analytic inner gradients.
+
+The derivation and the costs are in the README beside this file. A run of chunks goes in two passes.
+The first takes the chunks in order, for the keys' forward and backward pass through the memory and
+the update of its weights. The second answers the queries of all chunks at once, from the weights at
+the chunks' starts and from what the first left: each token's input and delta at every linear map.
+
+Shapes: B batch, T time, H heads, K key width, V value width, C tokens of a chunk, N chunks of a
+run, M = B * H memories, R rows of keys of a chunk (the window's tokens before it included).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from ops.precision import without_autocast
+from ops.test_time.boundary import newton_schulz
+from ops.test_time.exact import corrections, errors_in_turn
+from ops.test_time.linear import causal_read, product, update
+from ops.test_time.memories import Gradients, Head
+from ops.test_time.mixing import Mixing, Source, TiledGates, mixing
+from ops.test_time.rule import FastWeights, Gates, Rule, Slow
+from ops.test_time.tiles import from_tiles, memories_of, pieces, to_overlapping_tiles, to_tiles
+
+# Numbers in the widest tensor of a run: enough chunks a call to hide its overhead, few enough to
+# stay in cache.
+_RUN_NUMBERS = 2**19
+
+Watch = Callable[[str, Tensor], None]
+Nested = TypeVar("Nested")
+Maps = tuple[Tensor, ...]
+"""One tensor per linear map of the memory."""
+
+
+class _Carried(NamedTuple):
+    """The state within a call, `[M, in, out]` per map; fields as in `FastWeights`."""
+
+    weights: Maps
+    start: Maps  # the weights, or their accumulator, where the chunk started
+    momentum: Maps
+    pending: Maps
+    sums: Maps
+
+
+class _Chunk(NamedTuple):
+    """What reads need of a chunk, or of all chunks of a run along the first axis."""
+
+    inputs: Maps  # [M, R, in], each token's input to each map
+    deltas: Maps  # [M, R, out], each token's delta there
+    weights: Maps  # [M, in, out], what is read from
+    added: Maps  # the same, counted by `Mixing.momentum`
+    scales: Maps  # [M, 1, 1], where weights are scaled accumulators
+    surprise: Maps  # [M, C], if watched
+    starts: Maps  # [M, in, out], the slots, if gradients are to be tangent to them
+
+
+def _each(function: Callable[..., Tensor], *columns: Maps) -> Maps:
+    """Applies a function to the tensors of each linear map."""
+    return tuple(function(*row) for row in zip(*columns, strict=True))
+
+
+class _Tiles(NamedTuple):
+    """The tokens of N chunks, or of a part of one chunk.
+
+    Attributes:
+        q: `[N, M, C, K]`.
+        k, v: `[N, M, R, .]`.
+        gates: `[N, M, C, .]`.
+        position: factors of the averaged update at these tokens, `[C]`.
+        begun: whether the chunk had tokens before these.
+        ends: whether each chunk ends with its last token here.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: TiledGates
+    position: Tensor | None
+    begun: bool
+    ends: bool
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """What does not change within a call."""
+
+    rule: Rule
+    head: Head | None
+    norms: tuple[Tensor | None, ...]
+    dtype: torch.dtype  # of the operands of matrix products
+    watched: bool
+
+    def mm(self, a: Tensor, b: Tensor) -> Tensor:
+        """Batched matrix product."""
+        return product(a, b, self.dtype)
+
+    def run(self, tiles: _Tiles, carried: _Carried) -> tuple[Tensor, Tensor | None, _Carried]:
+        """Reads `[N, M, C, V]`, surprise `[N, M, C]` if watched, and the state after."""
+        mix, chunks = mixing(self.rule, tiles.gates, tiles.position), []
+        solve = corrections(mix, tiles.k) if self.rule.anchor == "token" else None
+        for n in range(len(tiles.k)):
+            now = _at(mix, n)
+            chunk = self._learnt(tiles, n, now, carried, solve)
+            chunks.append(chunk)
+            carried = self._advanced(carried, chunk, now, _at(tiles.gates, n))
+            if tiles.ends:
+                carried = self._ended(carried, now)
+        whole = _Chunk(
+            *(_each(lambda *x: torch.cat(x), *field) for field in zip(*chunks, strict=True))
+        )
+        surprise = whole.surprise[0].view(tiles.q.shape[:3]) if self.watched else None
+        return self._answers(tiles.q, whole, mix), surprise, carried
+
+    def _learnt(
+        self, tiles: _Tiles, n: int, mix: Mixing, carried: _Carried, solve: Tensor | None
+    ) -> _Chunk:
+        """Gradients of one chunk's tokens, and what its tokens read from."""
+        rule = self.rule
+        anchor = _each(rule.boundary.view, carried.start)
+        if solve is None:
+            gradients = self._gradients(anchor, tiles, n)
+        else:
+            k, (w,) = tiles.k[n], carried.weights
+            errors = errors_in_turn(k, tiles.v[n], w, carried.momentum, mix, solve[n], self.mm)
+            gradients = Gradients((k,), (errors,))
+        surprise = _norms(gradients, tiles.q.shape[2], anchor if rule.memory.tangent else None)
+        scales = tuple(s for w in carried.start if (s := rule.boundary.scale(w)) is not None)
+        reads_own = rule.update == "token" and not rule.read_before
+        return _Chunk(
+            *self._folded(gradients, mix),
+            weights=carried.weights if reads_own else anchor,
+            added=self._added(tiles, carried) if not rule.read_before else (),
+            scales=scales if reads_own else (),
+            surprise=(surprise,) if self.watched else (),
+            starts=carried.start if rule.memory.tangent else (),
+        )
+
+    def _gradients(self, anchor: Maps, tiles: _Tiles, n: int) -> Gradients:
+        """Gradients of a chunk's tokens at the weights of its start."""
+        k, v, limit = tiles.k[n], tiles.v[n], _at(tiles.gates.limit, n)
+
+        def error(prediction: Tensor) -> Tensor:
+            return self.rule.objective.error(prediction, v, limit)
+
+        return self.rule.memory.gradients(anchor, k, v, self.head, error, self.mm)
+
+    def _added(self, tiles: _Tiles, carried: _Carried) -> Maps:
+        """What reads add to the weights: the momentum, or the steps so far if they are averaged."""
+        averaged = self.rule.update == "average" and tiles.begun
+        return carried.pending if averaged else carried.momentum
+
+    def _folded(self, gradients: Gradients, mix: Mixing) -> Gradients:
+        """Gradients as seen from the chunk's start, where channels decay at different rates."""
+        if mix.fold is None:
+            return gradients
+        since, (*others, last) = mix.fold.reciprocal(), gradients.deltas
+        first, *rest = gradients.inputs
+        first = first * since if rest else first
+        return Gradients((first, *rest), (*others, last * since))
+
+    def _advanced(
+        self, carried: _Carried, chunk: _Chunk, mix: Mixing, gates: TiledGates
+    ) -> _Carried:
+        """The state after a chunk's tokens, before anything that happens at its end."""
+        if self.rule.update != "token":
+            pending = self._updated(carried.pending, chunk, mix.steps)
+            return carried._replace(pending=pending, sums=_summed(carried.sums, gates))
+        momentum, kept, share = carried.momentum, _end(mix.weights), _end(mix.momentum)
+        weights = self._updated(carried.weights, chunk, mix.steps, kept, momentum, share)
+        if mix.fold is not None:
+            whole, (*first, last) = mix.fold[:, -1:], weights
+            weights = (*(w * whole.mT for w in first), last * whole)
+        if mix.impulses is not None:
+            momentum = self._updated(momentum, chunk, mix.impulses, mix.decay)
+        return carried._replace(weights=weights, momentum=momentum)
+
+    def _updated(
+        self,
+        before: Maps,
+        chunk: _Chunk,
+        counts: Tensor,
+        kept: Tensor | None = None,
+        added: Maps = (),
+        share: Tensor | None = None,
+    ) -> Maps:
+        """Weights, momentum or a sum of steps after a chunk's gradients, map by map.
+
+        Args:
+            before: what is updated.
+            chunk: the gradients.
+            counts: of each token's gradient, `[M, R, 1]`, or one column per map.
+            kept: what `before` counts for, `[M, 1, 1]`; None for one.
+            added: the momentum that joins the weights.
+            share: what it counts for.
+        """
+        columns, after = counts.expand(*counts.shape[:2], len(before)).split(1, -1), []
+        for layer, (w, count) in enumerate(zip(before, columns, strict=True)):
+            x, d, s = chunk.inputs[layer], chunk.deltas[layer], added[layer] if added else None
+            new = update(x, d, count, w, kept, s, share, dtype=self.dtype)
+            if self.rule.memory.tangent:
+                p = chunk.starts[layer]
+                new = new + (x * count * self.mm(d, p.mT)).sum(-2)[..., None] * p
+            after.append(new)
+        return tuple(after)
+
+    def _ended(self, carried: _Carried, mix: Mixing) -> _Carried:
+        """The state with which the next chunk starts."""
+        rule, c = self.rule, carried
+        weights, momentum, sums = c.weights, c.momentum, c.sums
+        if rule.update == "average":
+            assert mix.momentum is not None
+            end = mix.momentum.end
+            weights = _each(lambda w, s: torch.addcmul(w, s, end), weights, c.pending)
+        if rule.update == "chunk":
+            log_keep, eta, step = (x[..., None, None] for x in sums[0].unbind(-1))
+            if momentum:
+                mean = eta / rule.chunk
+                momentum = _each(lambda s, p: torch.addcmul(p, s, mean), momentum, c.pending)
+            steps = momentum or c.pending
+            if rule.orthogonal:
+                steps = _each(newton_schulz, steps)
+            if rule.outer_step:
+                steps = tuple(s * (step / rule.chunk) for s in steps)
+            weights = _each(lambda w, s: torch.addcmul(s, w, log_keep.exp()), weights, steps)
+            sums = (torch.zeros_like(sums[0]),)
+        weights = tuple(
+            rule.boundary.settle(w, n) for w, n in zip(weights, self.norms, strict=True)
+        )
+        pending = tuple(torch.zeros_like(p) for p in c.pending)
+        return _Carried(weights, weights, momentum, pending, sums)
+
+    def _answers(self, q: Tensor, chunk: _Chunk, mix: Mixing) -> Tensor:
+        """What each query `[N, M, C, K]` reads from the weights of its own place."""
+
+        def start(layer: int, y: Tensor) -> Tensor:
+            return self.mm(y.flatten(0, 1), chunk.weights[layer]).view(*y.shape[:-1], -1)
+
+        def linear(layer: int, y: Tensor) -> Tensor:
+            z = self._causal(layer, y.flatten(0, 1), chunk, mix)
+            return (z * chunk.scales[layer] if chunk.scales else z).view(*y.shape[:-1], -1)
+
+        memory, fold = self.rule.memory, mix.fold
+        if self.rule.read_before:
+            return memory.apply(start, q, self.head)
+        if fold is None:
+            return memory.apply(linear, q, self.head)
+        last = len(chunk.inputs) - 1
+
+        def folded(layer: int, y: Tensor) -> Tensor:
+            z = linear(layer, y * fold if layer == 0 < last else y)
+            return z * fold if layer == last else z
+
+        return memory.apply(folded, q, self.head)
+
+    def _causal(self, layer: int, y: Tensor, chunk: _Chunk, mix: Mixing) -> Tensor:
+        """What rows `[N * M, C, in]` read from one map, each from the weights of its own place."""
+        assert mix.reads is not None
+        reads, x, d = mix.reads.flatten(0, 1), chunk.inputs[layer], chunk.deltas[layer]
+        s = chunk.added[layer] if chunk.added else None
+        of_w, of_s = (
+            None if x is None else x.read.flatten(0, 1) for x in (mix.weights, mix.momentum)
+        )
+        z = causal_read(
+            y,
+            x,
+            d,
+            reads,
+            chunk.weights[layer],
+            of_w,
+            s,
+            None if s is None else of_s,
+            dtype=self.dtype,
+        )
+        if not self.rule.memory.tangent:
+            return z
+        p = chunk.starts[layer]
+        return z + self.mm(y * self.mm(reads, x * self.mm(d, p.mT)), p)
+
+
+def _end(source: Source | None) -> Tensor | None:
+    return None if source is None else source.end
+
+
+def _at(values: Nested, n: int) -> Nested:
+    """Entry n of every tensor of a nested tuple; None stays."""
+    entry: Nested = pytree.tree_map_only(Tensor, lambda x: x[n], values)
+    return entry
+
+
+def _summed(sums: Maps, gates: TiledGates) -> Maps:
+    """Sums over the chunk so far of log keep, momentum and step."""
+    if not sums:
+        return ()
+    step = gates.step.mean(-1).sum(-1)
+    nothing = torch.zeros_like(step)
+    keep = nothing if gates.log_keep is None else gates.log_keep.sum((-2, -1))
+    eta = nothing if gates.log_momentum is None else gates.log_momentum.exp().sum((-2, -1))
+    return (sums[0] + torch.stack([keep, eta, step], -1),)
+
+
+def _norms(gradients: Gradients, tokens: int, slots: Maps | None) -> Tensor:
+    """Norm of each token's inner gradient, `[M, C]`, over all maps."""
+    pairs = zip(gradients.inputs, gradients.deltas, strict=True)
+    squares = [(x * x).sum(-1) * (d * d).sum(-1) for x, d in pairs]
+    if slots is not None:
+        along = gradients.deltas[0] @ slots[0].mT
+        squares.append(-(gradients.inputs[0] * along).square().sum(-1))
+    return sum(squares[1:], squares[0]).clamp(min=0).sqrt()[:, -tokens:]
+
+
+@torch.compiler.disable
+@without_autocast
+def memorize_chunked(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    gates: Gates,
+    state: FastWeights,
+    *,
+    rule: Rule,
+    slow: Slow | None = None,
+    recompute: bool = False,
+    watch: Watch | None = None,
+) -> tuple[Float[Tensor, "B T H V"], FastWeights]:
+    """Compute `memorize_naive` chunk by chunk, where almost all arithmetic is matrix products.
+
+    Chunks stand at absolute positions, wherever a call starts or stops. The inner gradients are
+    analytic, so the function works the same under no_grad and can be checkpointed; the outer
+    gradient is that of automatic differentiation. Operands of matrix products are in the dtype of
+    `v`; weights, gates, norms and sums are fp32 (fp64 for fp64 inputs).
+
+    Args:
+        q: as in `memorize_naive`, like all up to `slow`.
+        k: keys.
+        v: values.
+        gates: of each token.
+        state: before the first token.
+        rule: the fixed choices.
+        slow: slow weights that the rule uses.
+        recompute: compute each run of chunks again in the backward pass instead of keeping what is
+            inside; what is kept then is the weights at the starts of runs.
+        watch: called with ("surprise", `[B, T, H]`), the norm of each token's inner gradient.
+
+    Returns:
+        The reads in the dtype of `v`, and the state after the last token.
+    """
+    call = _Call(q, k, v, gates, state, rule, Slow() if slow is None else slow)
+    engine, carried = call.engine(watch is not None), call.carried()
+    out, surprises = [], []
+    for tiles in call.runs():
+        if recompute and torch.is_grad_enabled():
+            y, surprise, carried = checkpoint(engine.run, tiles, carried, use_reentrant=False)
+        else:
+            y, surprise, carried = engine.run(tiles, carried)
+        out.append(from_tiles(y, len(q)))
+        if surprise is not None:
+            surprises.append(from_tiles(surprise[..., None], len(q))[..., 0])
+    if watch is not None:
+        watch("surprise", torch.cat(surprises, 1))
+    return torch.cat(out, 1).to(v.dtype), call.state_after(carried)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of one call, and their cut into runs."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: Gates
+    state: FastWeights
+    rule: Rule
+    slow: Slow
+
+    @property
+    def offset(self) -> int:
+        """Tokens since the chunk's start, before the first of these."""
+        return self.state.offset.shape[1]
+
+    def engine(self, watched: bool) -> _Engine:
+        """The computation, with slow weights for each memory."""
+        slow, batch, maps = self.slow, len(self.q), len(self.state.weights)
+        head = None
+        if slow.gain is not None and slow.bias is not None:
+            head = Head(*(memories_of(x[:, None], batch) for x in (slow.gain, slow.bias)))
+        norms: tuple[Tensor | None, ...] = (None,) * maps
+        if slow.norms is not None:
+            norms = tuple(memories_of(x, batch) for x in slow.norms)
+        half = self.v.dtype.itemsize < 4
+        dtype = self.v.dtype if half else self.state.weights[0].dtype
+        return _Engine(self.rule, head, norms, dtype, watched)
+
+    def carried(self) -> _Carried:
+        """The state before, a row per memory."""
+        s = self.state
+        groups = (s.weights, s.anchor or s.weights, s.momentum, s.pending, s.sums)
+        return _Carried(*(tuple(x.flatten(0, 1) for x in group) for group in groups))
+
+    def state_after(self, carried: _Carried) -> FastWeights:
+        """The state after, a row per sequence."""
+        batch = len(self.q)
+        rows = [tuple(x.unflatten(0, (batch, -1)) for x in group) for group in carried]
+        weights, start, momentum, pending, sums = rows
+        tail = self.rule.window - 1
+        recent = tuple(x[:, max(0, x.shape[1] - tail) :] for x in self._recent_and_now() if tail)
+        place = (self.offset + self.k.shape[1]) % self.rule.chunk
+        anchor = start if self.state.anchor else ()
+        offset = weights[0].new_empty(batch, place, 0)
+        return FastWeights(weights, anchor, momentum, pending, sums, recent, offset)
+
+    def runs(self) -> Iterator[_Tiles]:
+        """The tokens in runs of chunks, in order."""
+        chunk, tail, start = self.rule.chunk, self.rule.window - 1, 0
+        keys = [self._padded(x) for x in self._recent_and_now()]
+        for chunks, tokens in pieces(self.k.shape[1], self.offset, chunk):
+            widest = max(w.shape[-1] for w in self.state.weights)
+            memories = self.k.shape[0] * self.k.shape[2]
+            together = max(1, _RUN_NUMBERS // (memories * tokens * widest))
+            for first in range(0, chunks, together):
+                n = min(together, chunks - first)
+                stop, place = start + n * tokens, (self.offset + start) % chunk
+                part = slice(start, stop)
+                k, v = (to_overlapping_tiles(x[:, start : stop + tail], n, tail) for x in keys)
+                yield _Tiles(
+                    to_tiles(self.q[:, part], n),
+                    k,
+                    v,
+                    self._gates(part, n),
+                    None if self.slow.position is None else self.slow.position[place:][:tokens],
+                    begun=place > 0,
+                    ends=place + tokens == chunk,
+                )
+                start = stop
+
+    def _recent_and_now(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, those that the window still sees first."""
+        if not self.state.recent:
+            return self.k, self.v
+        k, v = self.state.recent
+        return torch.cat([k, self.k.to(k.dtype)], 1), torch.cat([v, self.v.to(v.dtype)], 1)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """Zeros where the window reaches before the first token; their gradients are zero."""
+        missing = self.rule.window - 1 + self.k.shape[1] - x.shape[1]
+        return torch.nn.functional.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x
+
+    def _gates(self, part: slice, chunks: int) -> TiledGates:
+        dtype = self.state.weights[0].dtype
+        named = self.gates._replace(
+            log_momentum=None
+            if self.gates.log_momentum is None
+            else self.gates.log_momentum[..., None]
+        )
+        tiles = (None if g is None else to_tiles(g[:, part].to(dtype), chunks) for g in named)
+        return TiledGates(*tiles)

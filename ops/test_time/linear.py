@@ -1,0 +1,188 @@
+"""One linear map of a memory: its causal read within a chunk, and its update at the chunk's end.
+
+Both are a few matrix products around factors that count tokens. Left to automatic differentiation,
+each factor costs a product and a sum over the largest tensors; here the gradients of all factors
+come from row products that the other gradients need anyway.
+
+Shapes: M memories (or chunks of memories), C tokens that read, R tokens written, weights
+`[M, in, out]`, counts `[M, C, 1]`, `[M, R, 1]` and `[M, 1, 1]`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Batched matrix product with operands in `dtype`; its result is at least fp32."""
+    if a.dtype == b.dtype == dtype and dtype.itemsize >= 4:
+        return torch.bmm(a, b)
+    return torch.bmm(a.to(dtype), b.to(dtype)).to(torch.promote_types(dtype, torch.float32))
+
+
+def _rows(a: Tensor, b: Tensor) -> Tensor:
+    """Products of rows, `[M, C, 1]`."""
+    return torch.linalg.vecdot(a, b)[..., None]
+
+
+def _whole(a: Tensor, b: Tensor) -> Tensor:
+    """Product of whole matrices, `[M, 1, 1]`."""
+    return torch.bmm(a.flatten(1)[:, None], b.flatten(1)[..., None])
+
+
+def _counted(x: Tensor, count: Tensor | None) -> Tensor:
+    return x if count is None else x * count
+
+
+class _Read(torch.autograd.Function):
+    """See `causal_read`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dtype: torch.dtype,
+        y: Tensor,
+        x: Tensor,
+        d: Tensor,
+        mix: Tensor,
+        w: Tensor,
+        of_w: Tensor | None,
+        s: Tensor | None,
+        of_s: Tensor | None,
+    ) -> Tensor:
+        scores = product(y, x.mT, dtype)
+        z = product(_counted(y, of_w), w, dtype)
+        if s is not None:
+            z += product(_counted(y, of_s), s, dtype)
+        z -= product(scores * mix, d, dtype)
+        ctx.save_for_backward(y, x, d, mix, w, of_w, s, of_s, scores)
+        ctx.dtype = dtype
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        y, x, d, mix, w, of_w, s, of_s, scores = ctx.saved_tensors
+        dtype: torch.dtype = ctx.dtype
+        dmixed = product(dz, d.mT, dtype).neg_()
+        dmix, dscores = dmixed * scores, dmixed.mul_(mix)
+        dx, dd = product(dscores.mT, y, dtype), product((scores * mix).mT, dz, dtype).neg_()
+        dy = product(dscores, x, dtype)
+        dof_w = ds = dof_s = None
+        read = product(dz, w.mT, dtype)
+        dw = product(_counted(y, of_w).mT, dz, dtype)
+        if of_w is not None:
+            dof_w, read = _rows(y, read), read.mul_(of_w)
+        dy += read
+        if s is not None:
+            read = product(dz, s.mT, dtype)
+            ds = product(_counted(y, of_s).mT, dz, dtype)
+            if of_s is not None:
+                dof_s, read = _rows(y, read), read.mul_(of_s)
+            dy += read
+        return None, dy, dx, dd, dmix, dw, dof_w, ds, dof_s
+
+
+def causal_read(
+    y: Tensor,
+    x: Tensor,
+    d: Tensor,
+    mix: Tensor,
+    w: Tensor,
+    of_w: Tensor | None,
+    s: Tensor | None,
+    of_s: Tensor | None,
+    *,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`of_w (y W) + of_s (y S) - (mix * (y x^T)) d`: what each row reads from its own weights.
+
+    Args:
+        y: rows that read, `[M, C, in]`.
+        x: inputs of the tokens written, `[M, R, in]`.
+        d: their deltas, `[M, R, out]`.
+        mix: what each token written counts for, `[M, C, R]`.
+        w: weights before the first token, `[M, in, out]`.
+        of_w: what they count for, `[M, C, 1]`; None for one.
+        s: momentum before the first token, if any.
+        of_s: what it counts for; None for one.
+        dtype: of the operands of matrix products.
+
+    Returns:
+        `[M, C, out]`.
+    """
+    z: Tensor = _Read.apply(dtype, y, x, d, mix, w, of_w, s, of_s)
+    return z
+
+
+class _Update(torch.autograd.Function):
+    """See `update`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dtype: torch.dtype,
+        x: Tensor,
+        d: Tensor,
+        count: Tensor,
+        w: Tensor,
+        of_w: Tensor | None,
+        s: Tensor | None,
+        of_s: Tensor | None,
+    ) -> Tensor:
+        new = product((x * count).mT, d, dtype).neg_()
+        if of_w is None:
+            new += w
+        else:
+            new.addcmul_(w, of_w)
+        if s is not None:
+            new.addcmul_(s, of_s)
+        ctx.save_for_backward(x, d, count, w, of_w, s, of_s)
+        ctx.dtype = dtype
+        return new
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dnew: Tensor) -> tuple[Tensor | None, ...]:
+        x, d, count, w, of_w, s, of_s = ctx.saved_tensors
+        dtype: torch.dtype = ctx.dtype
+        back = product(d, dnew.mT, dtype).neg_()
+        dcount, dx = _rows(x, back), back.mul_(count)
+        dd = product(x * count, dnew, dtype).neg_()
+        dw = _counted(dnew, of_w)
+        dof_w = None if of_w is None else _whole(dnew, w)
+        ds = None if s is None else dnew * of_s
+        dof_s = None if s is None else _whole(dnew, s)
+        return None, dx, dd, dcount, dw, dof_w, ds, dof_s
+
+
+def update(
+    x: Tensor,
+    d: Tensor,
+    count: Tensor,
+    w: Tensor,
+    of_w: Tensor | None = None,
+    s: Tensor | None = None,
+    of_s: Tensor | None = None,
+    *,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`of_w W + of_s S - (count x)^T d`: weights, or a momentum, after a chunk's tokens.
+
+    Args:
+        x: inputs of the tokens, `[M, R, in]`.
+        d: their deltas, `[M, R, out]`.
+        count: what each token's gradient counts for, `[M, R, 1]`.
+        w: weights before, `[M, in, out]`.
+        of_w: what they count for, `[M, 1, 1]`; None for one.
+        s: momentum before, if it joins.
+        of_s: what it counts for.
+        dtype: of the operands of matrix products.
+
+    Returns:
+        `[M, in, out]`.
+    """
+    new: Tensor = _Update.apply(dtype, x, d, count, w, of_w, s, of_s)
+    return new
