@@ -5,7 +5,7 @@ package knows nothing of layers, models or configuration.
 """
 
 from tasks.base import Batch, Task
-from tasks.recall import MQAR, RecallMixture
+from tasks.recall import MQAR, Needle, RecallMixture
 from tasks.text import (
     ByteTokenizer,
     LocalFiles,
@@ -19,6 +19,7 @@ __all__ = [
     "Batch",
     "ByteTokenizer",
     "LocalFiles",
+    "Needle",
     "RecallMixture",
     "SentencePieceTokenizer",
     "StandardLibrary",

@@ -3,5 +3,15 @@
 from tasks.recall.base import RecallTask
 from tasks.recall.mixture import RecallMixture
 from tasks.recall.mqar import MQAR, make_mqar, solve_mqar
+from tasks.recall.needle import Needle, make_needle, solve_needle
 
-__all__ = ["MQAR", "RecallMixture", "RecallTask", "make_mqar", "solve_mqar"]
+__all__ = [
+    "MQAR",
+    "Needle",
+    "RecallMixture",
+    "RecallTask",
+    "make_mqar",
+    "make_needle",
+    "solve_mqar",
+    "solve_needle",
+]
