@@ -8,6 +8,7 @@ from typing import Any
 
 ALLOWED = (
     "layers",
+    "ops.test_time",
     "models",
     "tasks",
     "harness.loggers",

@@ -7,9 +7,13 @@ from layers.combinators import Parallel, Residual, Sequential
 from layers.feed_forward import MLP, SwiGLU
 from layers.gated_convolution import GatedConvolution
 from layers.gated_delta_net import GatedDeltaNet
+from layers.memory_as_context import MemoryAsContext
+from layers.memory_as_gate import MemoryAsGate
+from layers.memory_as_layer import MemoryAsLayer
 from layers.protocol import (
     Layer,
     LayerList,
+    Memory,
     Output,
     Recipe,
     State,
@@ -26,3 +30,6 @@ from layers.protocol import (
 from layers.registry import LAYERS, Entry, register
 from layers.short_convolution import ShortConvolution
 from layers.softmax_attention import SoftmaxAttention
+from layers.telemetry import Record, observe, observing, recording
+from layers.test_time_memory import TestTimeMemory
+from layers.test_time_parts import Features, Learner, Retention

@@ -9,10 +9,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers.protocol import Layer, Output, require_at_least
+from layers.protocol import Memory, Output, require_at_least
 from layers.registry import register
 from layers.short_convolution import ConvState, ShortConvolution
 from ops.gated_delta import gated_delta
+from ops.precision import without_autocast
 
 MAX_DECAY_RATE = 16.0  # A ~ U(0, 16), as in the released code of Mamba-2 and Gated DeltaNet
 STEP_RANGE = (1e-3, 1e-1)  # the step starts log-uniform here, so half-lives spread over decades
@@ -36,7 +37,7 @@ class GatedDeltaState(NamedTuple):
     negative_eigenvalues={"heads": 2, "head_dim": 4, "negative_eigenvalues": True},
     bare={"heads": 1, "conv_size": 1, "output_gate": False},
 )
-class GatedDeltaNet(Layer):
+class GatedDeltaNet(Memory):
     """The gated delta rule of "Gated Delta Networks" (arXiv 2412.06464).
 
     Per head, `S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T`,
@@ -115,10 +116,16 @@ class GatedDeltaNet(Layer):
             None if state is None else state.memory,
             chunk_size=self.chunk_size,
         )
-        y = rearrange(self.norm(y.to(self.norm.weight.dtype)), "b t h v -> b t (h v)")
-        if self.gate_proj is not None:
-            y = y * F.silu(self.gate_proj(x))
-        return Output(self.out_proj(y), GatedDeltaState(memory, conv))
+        return Output(self._answer(y, x), GatedDeltaState(memory, conv))
+
+    def recall(
+        self, x: Float[Tensor, "b t d"], state: GatedDeltaState | None = None
+    ) -> Float[Tensor, "b t d"]:
+        """`S^T q / sqrt(K)` of the memory as it is: neither decayed nor corrected."""
+        state = self.init_state(len(x)) if state is None else state
+        queries = F.linear(x, self.qkv_proj.weight[: self.heads * self.key_dim])
+        q = rearrange(F.silu(queries), "b t (h k) -> b t h k", h=self.heads)
+        return self._answer(_read(F.normalize(q, dim=-1), state.memory), x)
 
     def init_state(self, batch_size: int) -> GatedDeltaState:
         """An empty memory."""
@@ -137,9 +144,22 @@ class GatedDeltaNet(Layer):
         q, k, v = (rearrange(t, "b t (h k) -> b t h k", h=self.heads) for t in (q, k, v))
         return q, k, v
 
+    def _answer(self, y: Tensor, x: Tensor) -> Tensor:
+        """What was read `[B, T, H, V]` as an output: normalised per head, gated by `x`, mixed."""
+        y = rearrange(self.norm(y.to(self.norm.weight.dtype)), "b t h v -> b t (h v)")
+        if self.gate_proj is not None:
+            y = y * F.silu(self.gate_proj(x))
+        return self.out_proj(y)
+
     def _log_decay(self, x: Tensor) -> Tensor:
         step = F.softplus(_at_least_fp32(self.decay_proj(x)) + self.dt_bias)
         return -_at_least_fp32(self.A_log).exp() * step
+
+
+@without_autocast
+def _read(q: Float[Tensor, "b t h k"], memory: Float[Tensor, "b h k v"]) -> Tensor:
+    """Every query against the same memory, in its precision."""
+    return torch.einsum("bthk,bhkv->bthv", q.to(memory.dtype), memory) * q.shape[-1] ** -0.5
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

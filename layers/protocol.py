@@ -60,8 +60,36 @@ class Layer(nn.Module):
         return 0
 
     def active_parameters(self) -> int:
-        """Parameters that one token touches; all of them unless a layer selects among its own."""
-        return sum(p.numel() for p in self.parameters())
+        """Parameters that one token touches; all of them unless a layer selects among its own.
+
+        Layers inside answer for theirs.
+        """
+        inside = list(_layers_inside(self))
+        held = sum(p.numel() for layer in inside for p in layer.parameters())
+        own = sum(p.numel() for p in self.parameters()) - held
+        return own + sum(layer.active_parameters() for layer in inside)
+
+
+class Memory(Layer):
+    """A layer whose memory can also be asked without being written."""
+
+    def recall(self, x: Float[Tensor, "b t d"], state: State = None) -> Float[Tensor, "b t d"]:
+        """What the memory of `state` (None: the initial memory) answers to `x`.
+
+        Every token reads the same memory, through the layer's own query projection, feature map
+        and output, as in `forward`. Tokens are read alone: a short convolution is left out, since
+        what is asked is no part of the stream that is written.
+        """
+        raise TypeError(f"{type(self).__name__} does not define recall")
+
+
+def _layers_inside(module: nn.Module) -> Iterator[Layer]:
+    """The nearest layers below a module, without those inside them."""
+    for child in module.children():
+        if isinstance(child, Layer):
+            yield child
+        else:
+            yield from _layers_inside(child)
 
 
 class LayerList(nn.ModuleList):

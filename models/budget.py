@@ -44,7 +44,7 @@ def budget(model: LanguageModel, seq_len: int) -> Budget:
         model: on any device, the meta device included; it is left as it is.
         seq_len: the length T.
     """
-    weights = {name: p.to("meta") for name, p in model.named_parameters()}
+    weights = {name: p.detach().to("meta") for name, p in model.named_parameters()}
     tokens = torch.zeros(1, seq_len, dtype=torch.long, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         _, state, _ = functional_call(model, weights, (tokens,))

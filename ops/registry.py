@@ -16,7 +16,7 @@ class Op:
         naive: The specification: a plain loop, called as `naive(**inputs)`.
         forms: Fast forms by name; each takes and returns what `naive` does.
         inputs: `inputs(generator, batch, length, *, dtype, regime, **sizes)` makes the arguments
-            of one call: tensors, and options that a regime sets.
+            of one call: tensors, tuples of them, and options that a regime sets.
         regimes: Names of the input distributions `inputs` knows; the first is the ordinary one.
         odd_sizes: Sizes for `inputs` that no tile, block or vector width divides, all different.
         flops: Operations of one forward pass on such inputs; one multiply-add counts as two.
@@ -24,14 +24,19 @@ class Op:
             last ones are the tokens'.
         stateful: Whether the op takes `state` and returns (outputs, new state), so that a sequence
             may be fed in pieces.
+        starts_empty: Whether no state means a state of zeros.
+        half_products: Whether matrix products of half-precision inputs have half-precision
+            operands, as states would otherwise be read at a fraction of the hardware's speed.
     """
 
     name: str
-    naive: Callable[..., tuple[Tensor, ...] | Tensor]
-    forms: Mapping[str, Callable[..., tuple[Tensor, ...] | Tensor]]
+    naive: Callable[..., tuple[Any, ...] | Tensor]
+    forms: Mapping[str, Callable[..., tuple[Any, ...] | Tensor]]
     inputs: Callable[..., dict[str, Any]]
     regimes: tuple[str, ...]
     odd_sizes: Mapping[str, int]
     flops: Callable[[dict[str, Any]], float]
     timed: tuple[str, ...]
     stateful: bool = True
+    starts_empty: bool = True
+    half_products: bool = False

@@ -4,8 +4,11 @@ import torch
 from torch import Tensor
 
 from ops.precision import without_autocast
+from ops.registry import Op
 from ops.test_time.boundary import Boundary, LqNorm, RowNorm, Softmax, UnitSlots, newton_schulz
-from ops.test_time.chunk import Watch, memorize_chunked
+from ops.test_time.chunk import Watch
+from ops.test_time.chunk import memorize_chunked as memorize
+from ops.test_time.examples import REGIMES, flops, inputs
 from ops.test_time.memories import MLP, Head, Matrix, MemoryNetwork, Slots, SwiGLU
 from ops.test_time.naive import memorize_naive
 from ops.test_time.objectives import DotProduct, Huber, LpError, Objective, SquaredError
@@ -13,6 +16,7 @@ from ops.test_time.rule import FastWeights, Gates, Rule, Slow
 
 __all__ = [
     "MLP",
+    "OP",
     "Boundary",
     "DotProduct",
     "FastWeights",
@@ -32,7 +36,7 @@ __all__ = [
     "SwiGLU",
     "UnitSlots",
     "Watch",
-    "memorize_chunked",
+    "memorize",
     "memorize_naive",
     "newton_schulz",
     "recall",
@@ -75,5 +79,19 @@ def _standing(state: FastWeights, rule: Rule, slow: Slow) -> tuple[Tensor, ...]:
         pairs = zip(state.weights, state.pending, strict=True)
         return tuple(w + factor * s for w, s in pairs)
     scales = (rule.boundary.scale(w) for w in start)
-    pairs = zip(state.weights, scales, strict=True)
-    return tuple(w if c is None else w * c for w, c in pairs)
+    scaled = zip(state.weights, scales, strict=True)
+    return tuple(w if c is None else w * c for w, c in scaled)
+
+
+OP = Op(
+    name="test_time",
+    naive=memorize_naive,
+    forms={"chunk": memorize},
+    inputs=inputs,
+    regimes=tuple(REGIMES),
+    odd_sizes={"heads": 3, "width": 6},
+    flops=flops,
+    timed=("q", "k", "v", "gates"),
+    starts_empty=False,
+    half_products=True,
+)

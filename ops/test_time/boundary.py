@@ -7,6 +7,7 @@ Shapes: weights of one layer are `[M, in, out]`, one matrix per memory.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ class Boundary:
     """No map: the base of the others."""
 
     linear_inside = True  # whether a token may read the weights of its own place in the chunk
+    spread: ClassVar[float | None] = (
+        None  # standard deviation of initial accumulators, if not by fan-in
+    )
 
     def settle(self, weights: Tensor, norms: Tensor | None) -> Tensor:
         """The weights with which the next chunk starts."""
@@ -65,7 +69,10 @@ class UnitSlots(Boundary):
 class LqNorm(Boundary):
     """`W = A / |A|_q^(q-2)`, one norm per matrix: Moneta (arXiv 2504.13173).
 
-    Inside a chunk the norm is that of the accumulator at its start, so that reads stay linear.
+    The norm is a mean, `|A|_q = mean(|a|^q)^(1/q)`, where the paper's is a sum. That is the same rule
+    in another unit of A and of the steps, one in which A and W are of one size and a step means
+    what it means without the map. Inside a chunk the norm is that of the accumulator at its start,
+    so that reads stay linear.
 
     Args:
         q: above 2 and not 3, at which the norm of W would always be one; default 4.
@@ -80,7 +87,7 @@ class LqNorm(Boundary):
 
     def scale(self, weights: Tensor) -> Tensor:
         """`|A|_q^(2-q)`, `[M, 1, 1]`."""
-        power = (weights.abs() ** self.q).sum((-2, -1), keepdim=True)
+        power = (weights.abs() ** self.q).mean((-2, -1), keepdim=True)
         return (power + _TINY) ** ((2 - self.q) / self.q)
 
     def view(self, weights: Tensor) -> Tensor:
@@ -89,7 +96,7 @@ class LqNorm(Boundary):
 
     def start(self, weights: Tensor) -> Tensor:
         """`W |W|_q^((q-2)/(3-q))`."""
-        power = (weights.abs() ** self.q).sum((-2, -1), keepdim=True)
+        power = (weights.abs() ** self.q).mean((-2, -1), keepdim=True)
         return weights * (power + _TINY) ** ((self.q - 2) / (3 - self.q) / self.q)
 
 
@@ -107,6 +114,7 @@ class Softmax(Boundary):
 
     scale_of_unit: float = 1.0
     linear_inside = False
+    spread = 2.0  # units of nearly equal weights would give outputs without variance
 
     def view(self, weights: Tensor) -> Tensor:
         """Positive weights that sum to c for each unit."""

@@ -129,7 +129,6 @@ class _Engine:
             k, (w,) = tiles.k[n], carried.weights
             errors = errors_in_turn(k, tiles.v[n], w, carried.momentum, mix, solve[n], self.mm)
             gradients = Gradients((k,), (errors,))
-        surprise = _norms(gradients, tiles.q.shape[2], anchor if rule.memory.tangent else None)
         scales = tuple(s for w in carried.start if (s := rule.boundary.scale(w)) is not None)
         reads_own = rule.update == "token" and not rule.read_before
         return _Chunk(
@@ -137,7 +136,7 @@ class _Engine:
             weights=carried.weights if reads_own else anchor,
             added=self._added(tiles, carried) if not rule.read_before else (),
             scales=scales if reads_own else (),
-            surprise=(surprise,) if self.watched else (),
+            surprise=(self._surprise(gradients, anchor, tiles),) if self.watched else (),
             starts=carried.start if rule.memory.tangent else (),
         )
 
@@ -149,6 +148,15 @@ class _Engine:
             return self.rule.objective.error(prediction, v, limit)
 
         return self.rule.memory.gradients(anchor, k, v, self.head, error, self.mm)
+
+    def _surprise(self, gradients: Gradients, anchor: Maps, tiles: _Tiles) -> Tensor:
+        """Norm of each token's inner gradient over all maps, `[M, C]`."""
+        pairs = zip(gradients.inputs, gradients.deltas, strict=True)
+        squares = [x.square().sum(-1) * d.square().sum(-1) for x, d in pairs]
+        if self.rule.memory.tangent:
+            along = gradients.inputs[0] * self.mm(gradients.deltas[0], anchor[0].mT)
+            squares.append(-along.square().sum(-1))
+        return torch.stack(squares).sum(0).clamp(min=0).sqrt()[:, -tiles.q.shape[2] :]
 
     def _added(self, tiles: _Tiles, carried: _Carried) -> Maps:
         """What reads add to the weights: the momentum, or the steps so far if they are averaged."""
@@ -304,16 +312,6 @@ def _summed(sums: Maps, gates: TiledGates) -> Maps:
     return (sums[0] + torch.stack([keep, eta, step], -1),)
 
 
-def _norms(gradients: Gradients, tokens: int, slots: Maps | None) -> Tensor:
-    """Norm of each token's inner gradient, `[M, C]`, over all maps."""
-    pairs = zip(gradients.inputs, gradients.deltas, strict=True)
-    squares = [(x * x).sum(-1) * (d * d).sum(-1) for x, d in pairs]
-    if slots is not None:
-        along = gradients.deltas[0] @ slots[0].mT
-        squares.append(-(gradients.inputs[0] * along).square().sum(-1))
-    return sum(squares[1:], squares[0]).clamp(min=0).sqrt()[:, -tokens:]
-
-
 @torch.compiler.disable
 @without_autocast
 def memorize_chunked(
@@ -452,10 +450,14 @@ class _Call:
 
     def _gates(self, part: slice, chunks: int) -> TiledGates:
         dtype = self.state.weights[0].dtype
-        named = self.gates._replace(
-            log_momentum=None
-            if self.gates.log_momentum is None
-            else self.gates.log_momentum[..., None]
-        )
-        tiles = (None if g is None else to_tiles(g[:, part].to(dtype), chunks) for g in named)
-        return TiledGates(*tiles)
+
+        def tiled(gate: Tensor | None) -> Tensor | None:
+            if gate is None:
+                return None
+            return to_tiles(gate[:, part].to(dtype), chunks)
+
+        step, log_keep, log_momentum, window, limit = self.gates
+        momentum = None if log_momentum is None else log_momentum[..., None]
+        first = tiled(step)
+        assert first is not None
+        return TiledGates(first, tiled(log_keep), tiled(momentum), tiled(window), tiled(limit))

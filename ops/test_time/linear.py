@@ -137,7 +137,7 @@ class _Update(torch.autograd.Function):
             new += w
         else:
             new.addcmul_(w, of_w)
-        if s is not None:
+        if s is not None and of_s is not None:
             new.addcmul_(s, of_s)
         ctx.save_for_backward(x, d, count, w, of_w, s, of_s)
         ctx.dtype = dtype

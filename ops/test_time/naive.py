@@ -6,8 +6,11 @@ the analytic gradients, the mixing matrices or the chunks' closed form is used h
 Shapes: B batch, T time, H heads, K key width, V value width.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ops.precision import without_autocast
 from ops.test_time.boundary import newton_schulz
@@ -69,11 +72,15 @@ def memorize_naive(
     dtype = loop.weights[0].dtype
     reads = []
     for t in range(k.shape[1]):
-        token = (x[:, t : t + 1].transpose(1, 2).to(dtype) for x in (q, k, v))
-        now = Gates(*(None if g is None else g[:, t].to(dtype) for g in gates))
-        reads.append(loop.step(*token, now))
+        q_t, k_t, v_t = (x[:, t : t + 1].transpose(1, 2).to(dtype) for x in (q, k, v))
+        now: Gates = tree_map_only(Tensor, partial(_token, t, dtype), gates)
+        reads.append(loop.step(q_t, k_t, v_t, now))
     y = torch.cat(reads, 2).transpose(1, 2).to(v.dtype)
     return y, loop.state()
+
+
+def _token(t: int, dtype: torch.dtype, gate: Tensor) -> Tensor:
+    return gate[:, t].to(dtype)
 
 
 class _Loop:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _TINY = 1e-6  # inside square roots, so that the outer gradient survives at zero
+_SHARPNESS = 10.0  # slope of the smooth sign at zero
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,14 @@ class DotProduct:
 class LpError:
     """`sum |f(k) - v|^p`, smoothed: the objective of Moneta (arXiv 2504.13173).
 
-    The derivative `p sign(r) |r|^(p-1)` is taken with `sign(r) = tanh(sharpness r)` and
+    The derivative `p sign(r) |r|^(p-1)` is taken with `sign(r) = tanh(10 r)` and
     `|r| = sqrt(r^2 + 1e-6)`, so that it can be differentiated again at zero.
 
     Args:
         p: the exponent, at least 1; default 3, the paper's.
-        sharpness: slope of the smooth sign; default 10.
     """
 
     p: float = 3.0
-    sharpness: float = 10.0
     needs_limit = False
 
     def __post_init__(self) -> None:
@@ -64,7 +63,7 @@ class LpError:
         """The smoothed derivative."""
         r = prediction - value
         size = (r * r + _TINY) ** ((self.p - 1) / 2)
-        return self.p * torch.tanh(self.sharpness * r) * size
+        return self.p * _smooth_sign(r) * size
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,8 @@ class Huber:
     """Squared error up to a norm delta, then linear: the objective of Yaad (arXiv 2504.13173).
 
     The paper's update takes the gradient of the squared error where `|r| <= delta` (r the residual
-    of a token, delta its limit) and delta times that of the l1 error elsewhere. The other form
+    of a token, delta its limit) and delta times that of the l1 error elsewhere, `delta sign(r)`,
+    here with `sign(r) = tanh(10 r)`: with a jump at zero, rounding decides updates. The other form
     scales the residual to norm delta instead, which is the gradient of the norm's Huber loss and a
     clip of each token's error.
 
@@ -90,7 +90,11 @@ class Huber:
         square = (r * r).sum(-1, keepdim=True)
         if self.form == "clip":
             return r * (limit * (square + _TINY**2).rsqrt()).clamp(max=1.0)
-        return torch.where(square <= limit * limit, r, limit * r.sign())
+        return torch.where(square <= limit * limit, r, limit * _smooth_sign(r))
+
+
+def _smooth_sign(r: Tensor) -> Tensor:
+    return torch.tanh(_SHARPNESS * r)
 
 
 Objective = SquaredError | DotProduct | LpError | Huber

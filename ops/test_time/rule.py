@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.test_time.boundary import Boundary, RowNorm, UnitSlots
+from ops.test_time.boundary import Boundary, UnitSlots
 from ops.test_time.memories import MLP, MemoryNetwork, Slots
 from ops.test_time.objectives import Objective, SquaredError
 
@@ -152,9 +152,14 @@ class Rule:
         ]
 
     @property
-    def restores_norms(self) -> bool:
-        """Whether `Slow.norms` is needed."""
-        return isinstance(self.boundary, RowNorm)
+    def keeps_anchor(self) -> bool:
+        """Whether the weights of the chunk's start are kept beside those of the last token."""
+        return self.update == "token" and self.anchor == "chunk"
+
+    @property
+    def keeps_pending(self) -> bool:
+        """Whether the chunk's steps are summed up beside the weights."""
+        return self.update != "token"
 
     def start(self, weights: tuple[Tensor, ...]) -> FastWeights:
         """The state before the first token, from initial weights `[B, H, in, out]` per map."""
@@ -162,13 +167,12 @@ class Rule:
         zeros = tuple(torch.zeros_like(w) for w in first)
         batch, heads = first[0].shape[:2]
         chunkwise = self.update == "chunk"
-        keeps_anchor = self.update == "token" and self.anchor == "chunk"
         widths = first[0].shape[-2], first[-1].shape[-1]
         return FastWeights(
             weights=first,
-            anchor=first if keeps_anchor else (),
+            anchor=first if self.keeps_anchor else (),
             momentum=zeros if self.momentum else (),
-            pending=() if self.update == "token" else zeros,
+            pending=zeros if self.keeps_pending else (),
             sums=(first[0].new_zeros(batch, heads, 3),) if chunkwise else (),
             recent=tuple(first[0].new_empty(batch, 0, heads, d) for d in widths if self.window > 1),
             offset=first[0].new_empty(batch, 0, 0),

@@ -17,11 +17,14 @@ SMALL = (
     "trainer.enable_progress_bar=false",
 )
 SMALL_MQAR = ("task.seq_len=16", "task.pairs=2", "task.test_pairs=[2]", "task.batch_size=2")
+SMALL_NEEDLE = ("task.seq_len=32", "task.batch_size=2", "task.test_examples=2")
 SMALL_TASK = {
     "mqar": SMALL_MQAR,
     "mqar_paper": SMALL_MQAR,
     "mqar_hard": SMALL_MQAR,
     "mqar_mix": (),
+    "needle": SMALL_NEEDLE,
+    "needle_number": SMALL_NEEDLE,
     "text": ("task.seq_len=32", "task.batch_size=2"),
     "text_sentencepiece": ("task.seq_len=32", "task.batch_size=2"),
 }

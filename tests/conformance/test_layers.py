@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from layers import (
     LAYERS,
+    Memory,
     detach_state,
     load_state,
     map_state,
@@ -27,6 +28,11 @@ from tests.helpers import (
 
 every_layer = pytest.mark.parametrize(
     ("name", "example"), LAYER_EXAMPLES, ids=lambda value: str(value)
+)
+every_memory = pytest.mark.parametrize(
+    ("name", "example"),
+    [(name, example) for name, example in LAYER_EXAMPLES if issubclass(LAYERS[name].cls, Memory)],
+    ids=lambda value: str(value),
 )
 LENGTH = 13
 
@@ -179,3 +185,62 @@ def test_autocast_follows_fp32(name, example):
 def test_no_option_is_swallowed(name, example):
     with pytest.raises(TypeError, match="no_such_option"):
         LAYERS[name].cls(16, no_such_option=1, **LAYERS[name].examples[example])
+
+
+@every_memory
+def test_tokens_are_recalled_alone(name, example):
+    memory, x = example_layer(name, example), example_input(name)
+    state = memory(x).state
+    together = memory.recall(x, state)
+    assert together.shape == x.shape
+    alone = torch.cat([memory.recall(token, state) for token in x.split(1, dim=1)], dim=1)
+    assert_close(alone, together, "recalled one by one", 1e-12)
+
+
+@every_memory
+def test_recall_without_a_state_is_that_of_the_initial_memory(name, example):
+    memory, x = example_layer(name, example), example_input(name)
+    assert torch.equal(memory.recall(x), memory.recall(x, memory.init_state(len(x))))
+
+
+@every_memory
+def test_what_was_written_is_recalled(name, example):
+    memory, x = example_layer(name, example), example_input(name)
+    once = memory(x).state
+    twice = memory(x.flip(1), once).state
+    answers = [memory.recall(x, state) for state in (None, once, twice)]
+    for before, after in pairwise(answers):
+        assert (after - before).abs().amax(-1).min() > 1e-6, "a token is answered as before"
+
+
+@every_memory
+def test_recall_leaves_the_state_alone(name, example):
+    memory, x = example_layer(name, example), example_input(name)
+    state = memory(x).state
+    copy = map_state(torch.clone, state)
+    memory.recall(x, state)
+    for a, b in zip(state_tensors(state), state_tensors(copy), strict=True):
+        assert torch.equal(a, b)
+
+
+@every_memory
+def test_gradients_flow_through_recall(name, example):
+    # 16 tokens: whole chunks, as a memory may be written at the end of a chunk only
+    memory, x = example_layer(name, example), example_input(name, batch=1, length=16)
+    written, asked = x.clone().requires_grad_(), x.flip(1).requires_grad_()
+    answer = memory.recall(asked, memory(written).state)
+    for gradient in torch.autograd.grad(answer.square().sum(), [written, asked]):
+        assert gradient.abs().amax(-1).min() > 1e-9, "a token has no gradient"
+    state = detach_state(memory(x).state)
+    assert torch.autograd.gradcheck(lambda x: memory.recall(x, state), (asked,), fast_mode=True)
+
+
+@every_memory
+def test_recall_in_bf16_and_under_autocast_follows_fp32(name, example):
+    memory, x = example_layer(name, example, torch.float32), example_input(name, length=64).float()
+    state = detach_state(memory(x).state)
+    exact = memory.recall(x, state)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(memory.recall(x, state), exact, "bf16 autocast", 0.05)
+    memory, x = memory.bfloat16(), x.bfloat16()
+    assert memory.recall(x, memory(x).state).dtype == torch.bfloat16

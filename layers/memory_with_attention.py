@@ -1,0 +1,80 @@
+"""What the ways to join a memory and attention share (Titans, arXiv 2501.00663)."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layers.protocol import Layer, Recipe, State, select_state
+from layers.softmax_attention import KVCache, SoftmaxAttention
+
+
+class BranchGate(nn.Module):
+    """`norm(y) * silu(norm(m))`: the product in which a memory's answer gates attention's output.
+
+    The paper normalises both branches "using learnable vector-valued weights, followed by a
+    non-linearity" and leaves open which norm, which non-linearity, and on which branch. Ours are
+    RMSNorm, and SiLU on the memory, as the output gates of this repository have it.
+
+    Args:
+        d_model: width D of both branches.
+    """
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(d_model)
+        self.memory_norm = nn.RMSNorm(d_model)
+
+    def forward(self, y: Float[Tensor, "b t d"], m: Float[Tensor, "b t d"]) -> Tensor:
+        """Gates attention's output `y` by the memory's answer `m`."""
+        dtype = self.memory_norm.weight.dtype  # autocast hands over less than the norms have
+        return self.attention_norm(y.to(dtype)) * F.silu(self.memory_norm(m.to(dtype)))
+
+
+class WindowState(NamedTuple):
+    """What the memory and the attention hold.
+
+    Attributes:
+        memory: of the memory, which began with the persistent tokens.
+        attention: keys and values of the last tokens.
+    """
+
+    memory: State
+    attention: KVCache
+
+
+class _MemoryWithWindow(Layer):
+    """A memory and sliding-window attention that begin with the same persistent tokens.
+
+    Attention sees them from everywhere; the memory has read them before the first token.
+    """
+
+    def __init__(
+        self, d_model: int, *, memory: Recipe, heads: int, window: int, persistent: int
+    ) -> None:
+        super().__init__()
+        self.memory = memory(d_model)
+        self.attention = SoftmaxAttention(
+            d_model, heads=heads, window=window, persistent=persistent
+        )
+
+    def init_state(self, batch_size: int) -> WindowState:
+        """A memory that has read the persistent tokens, and an empty cache."""
+        return WindowState(self._first_memory(batch_size), self.attention.init_state(batch_size))
+
+    def state_size(self, seq_len: int) -> int:
+        """That of the memory, after the persistent tokens too, and of the attention."""
+        tokens = self.attention.persistent
+        read = seq_len + (0 if tokens is None else len(tokens))
+        return self.memory.state_size(read) + self.attention.state_size(seq_len)
+
+    def _first_memory(self, batch_size: int) -> State:
+        """The same for every sequence, so the persistent tokens are read once."""
+        tokens = self.attention.persistent
+        if tokens is None:
+            return self.memory.init_state(batch_size)
+        one = torch.stack([tokens])  # no view: without gradients, FLOP counting trips over views
+        rows = torch.zeros(batch_size, dtype=torch.long, device=tokens.device)
+        return select_state(self.memory(one).state, rows)

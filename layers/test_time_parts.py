@@ -1,0 +1,153 @@
+"""The parts of a test-time memory that belong to a layer: features, retention, learner.
+
+Each is a plain description, so that a config can name it; the layer makes the parameters.
+"""
+
+from dataclasses import dataclass, field
+from itertools import combinations_with_replacement
+from math import factorial, prod
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from layers.protocol import require_at_least
+from ops.test_time import Boundary
+
+MAX_CHUNK_DECAY = 60.0  # nats a channel may lose in a chunk: the inverse must stay finite in fp32
+
+
+@dataclass(frozen=True)
+class Features:
+    """How queries, keys and values are made of a token: projection, convolution, SiLU, norm.
+
+    Args:
+        conv_size: taps of the short causal convolution over q, k and v; default 4; 1 for none.
+        silu: SiLU on q, k and v after the convolution; default True.
+        normalize: give q and k norm one; default True. Steps are bounded for such keys.
+        rope: rotary positions of q and k: None (default), "sequence", or "chunk", the position
+            within the chunk (TTT, arXiv 2407.04620).
+        rope_base: base of the rotary wavelengths; default 10000.
+        degree: highest degree of the monomials that replace q and k, with learned coefficients that
+            start at 1 / i! (Atlas, arXiv 2505.23735); default 1, q and k themselves.
+    """
+
+    conv_size: int = 4
+    silu: bool = True
+    normalize: bool = True
+    rope: Literal["sequence", "chunk"] | None = None
+    rope_base: float = 10_000.0
+    degree: int = 1
+
+    def __post_init__(self) -> None:
+        """Checks the sizes."""
+        require_at_least(1, conv_size=self.conv_size, degree=self.degree)
+
+    def width(self, key: int) -> int:
+        """Features of a key of that width."""
+        return key if self.degree == 1 else len(_monomials(key, self.degree))
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How a memory forgets.
+
+    Args:
+        gate: "head" (default): alpha_t = sigmoid(w . x_t + b) per head, `W <- (1 - alpha_t) W`;
+            "channel": one per value channel, from a map of rank 32, acting on the inputs of the
+            first linear map and the outputs of the last; "none".
+        bias: b; default -4, which forgets 2 % a token to begin with.
+        boundary: map of the weights where chunks meet; default none.
+    """
+
+    gate: Literal["none", "head", "channel"] = "head"
+    bias: float = -4.0
+    boundary: Boundary = field(default_factory=Boundary)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """How a memory learns: step theta_t = max_step sigmoid(w . x_t + b), and what becomes of it.
+
+    Args:
+        max_step: largest step of a token; default None: 1 / chunk_size, with which no chunk of
+            unit keys overshoots in a linear memory, or 1 where errors are taken token by token.
+        step_bias: b; default 0.
+        step_per_map: a step for each linear map (update="chunk" only); default False.
+        momentum: eta_t = sigmoid(w . x_t + b) per head; default True.
+        momentum_bias: its b; default 0.
+        update: "token" (default), "average" or "chunk"; see `ops.test_time.Rule`.
+        anchor: "chunk" (default) or "token": where gradients are taken.
+        window: c, tokens whose loss each step reduces, weighted by learned gates; default 1.
+        orthogonal: Newton-Schulz on each update (update="chunk" only); default False.
+        outer_step: multiply the update by the chunk's mean step, after that; default False.
+    """
+
+    max_step: float | None = None
+    step_bias: float = 0.0
+    step_per_map: bool = False
+    momentum: bool = True
+    momentum_bias: float = 0.0
+    update: Literal["token", "average", "chunk"] = "token"
+    anchor: Literal["chunk", "token"] = "chunk"
+    window: int = 1
+    orthogonal: bool = False
+    outer_step: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the choices that concern the learner alone."""
+        if self.max_step is not None and self.max_step < 0:
+            raise ValueError(f"max_step must be 0 or more, got {self.max_step}")
+        if self.step_per_map and (self.update != "chunk" or self.window > 1):
+            raise ValueError("step_per_map needs update='chunk' and window=1")
+
+    def largest_step(self, chunk_size: int) -> float:
+        """`max_step`, or its default."""
+        if self.max_step is not None:
+            return self.max_step
+        return 1.0 if self.anchor == "token" or self.update == "average" else 1.0 / chunk_size
+
+
+def _monomials(width: int, degree: int) -> list[tuple[int, ...]]:
+    """Index tuples of all monomials up to a degree, the constant first."""
+    by_degree = (combinations_with_replacement(range(width), i) for i in range(degree + 1))
+    return [indices for group in by_degree for indices in group]
+
+
+class PolynomialFeatures(nn.Module):
+    """`phi(q) . phi(k) = sum_{i <= p} a_i (q . k)^i`, with learned a_i >= 0 that start at 1 / i!.
+
+    The features are all monomials up to degree p, each scaled by the root of its multinomial
+    coefficient and of a_i (arXiv 2505.23735). Their number grows like width^p / p!.
+
+    Args:
+        width: of q and k.
+        degree: p.
+    """
+
+    index: Tensor
+    root: Tensor
+    order: Tensor
+
+    def __init__(self, width: int, degree: int) -> None:
+        super().__init__()
+        monomials = _monomials(width, degree)
+        counts = [[m.count(i) for i in set(m)] for m in monomials]
+        multinomials = [
+            factorial(len(m)) / prod(map(factorial, c))
+            for m, c in zip(monomials, counts, strict=True)
+        ]
+        padded = [[*m, *[width] * (degree - len(m))] for m in monomials]  # `width` is a one
+        self.register_buffer("index", torch.tensor(padded), persistent=False)
+        self.register_buffer("root", torch.tensor(multinomials).sqrt(), persistent=False)
+        order = torch.tensor([len(m) for m in monomials])
+        self.register_buffer("order", order, persistent=False)
+        start = torch.tensor([factorial(i) ** -0.5 for i in range(degree + 1)])
+        self.coefficients = nn.Parameter(start)  # roots of a_i
+
+    def forward(self, x: Float[Tensor, "b t h k"]) -> Float[Tensor, "b t h f"]:
+        """The features of each vector."""
+        with_one = nn.functional.pad(x, (0, 1), value=1.0)
+        scale = self.root.to(x.dtype) * self.coefficients.to(x.dtype)[self.order]
+        return with_one[..., self.index].prod(-1) * scale
