@@ -1,8 +1,12 @@
 """Telemetry of what happens inside layers, token by token: off unless somebody is recording.
 
-with recording() as record:
-model(tokens)
-record.by_layer(model)["blocks.1.parts.0.parts.0"]["surprise"]  # [B, T, H]
+    with recording() as record:
+        model(tokens)
+    record.by_layer(model)["blocks.1.parts.0.parts.0"]["surprise"]  # [B, T, H]
+
+A report has one row per token, NaN where a layer has no value for it. A layer that reads other
+tokens before the first (persistent tokens before the sequence, in `init_state`) reports those too:
+make the initial state outside the block to leave them out.
 """
 
 from collections.abc import Iterator

@@ -40,6 +40,7 @@ from ops.test_time import (
     SquaredError,
     SwiGLU,
     UnitSlots,
+    initial_stds,
     memorize,
     recall,
 )
@@ -159,7 +160,7 @@ class TestTimeMemory(Memory):
         memory: architecture; default `MLP()`, two layers of width 4 D / H, residual, normalised.
         objective: inner loss; default the squared error.
         retention: how it forgets; default a gate per head.
-        learner: how it learns; default momentum and a step of at most 1 / chunk_size.
+        learner: how it learns; default momentum and a step of at most 0.5.
         chunk_size: C, tokens whose gradients are taken at the same weights; default 16. It belongs
             to the function, except with `learner.anchor="token"`. Chunks stand at absolute places.
         read_before: read the weights of the chunk's start, not the token's own; default False.
@@ -248,7 +249,7 @@ class TestTimeMemory(Memory):
             recompute=self.recompute and self.training,
             watch=self._observe if observing() else None,
         )
-        self._observe_gates(gates)
+        self._observe_call(gates, fast)
         position = tuple(p + x.shape[1] for p in state.position)
         return Output(self._answer(y, x), TestTimeState(fast, conv, position))
 
@@ -287,9 +288,11 @@ class TestTimeMemory(Memory):
         """Initial weights of each head, and the layer norm inside the memory."""
         width = self.features.width(self.key_dim)
         shapes = memory.shapes(width, self.value_dim)
+        stds = initial_stds(shapes, normalized=memory.norm, unit_keys=self.features.normalize)
+        spread = self.rule.boundary.spread
         self.initial = nn.ParameterList(
-            torch.randn(self.heads, i, o) * std
-            for (i, o), std in zip(shapes, self._initial_stds(shapes), strict=True)
+            torch.randn(self.heads, *shape) * (std if spread is None else spread)
+            for shape, std in zip(shapes, stds, strict=True)
         )
         self.memory_norm_weight = self.memory_norm_bias = self.position_weight = None
         if memory.norm:
@@ -297,25 +300,6 @@ class TestTimeMemory(Memory):
             self.memory_norm_bias = nn.Parameter(torch.zeros(self.heads, self.value_dim))
         if self.rule.update == "average":
             self.position_weight = nn.Parameter(torch.zeros(self.rule.chunk))
-
-    def _initial_stds(self, shapes: list[tuple[int, int]]) -> list[float]:
-        """Standard deviations of the initial weights of each map.
-
-        A layer norm after the last map divides by the scale of its output, so a step is taken in
-        units of the last map's weights: as large as in a linear memory with unit keys if they have
-        variance one and hidden units see inputs of variance one. By fan-in, as without the norm, it
-        would be as many times larger as the memory has hidden units, and the memory chaotic.
-        """
-        if self.rule.boundary.spread is not None:
-            return [self.rule.boundary.spread] * len(shapes)
-        by_fan_in = [i**-0.5 for i, _ in shapes]
-        if not self.rule.memory.norm:
-            return by_fan_in
-        unit = self.features.normalize
-        return [
-            1.0 if unit and i == shapes[0][0] else std
-            for (i, _), std in zip(shapes[:-1], by_fan_in)
-        ] + [1.0]
 
     def _make_gates(self, d_model: int) -> None:
         """One linear map for all gates of a head, and a decay per channel by a map of low rank."""
@@ -352,7 +336,9 @@ class TestTimeMemory(Memory):
         def gate(name: str, function: Callable[[Tensor], Tensor]) -> Tensor | None:
             return function(present[name]) if name in present else None
 
-        step = self.learner.largest_step(self.rule.chunk) * parts["step"].sigmoid()
+        rule = self.rule
+        most = self.learner.largest_step(rule.chunk, normalized=rule.memory.norm)
+        step = most * parts["step"].sigmoid()
         keep = gate("keep", lambda z: -F.softplus(z))
         if self.keep_proj is not None:
             forgotten = F.softplus(_at_least_fp32(self.keep_proj(x)))
@@ -426,8 +412,13 @@ class TestTimeMemory(Memory):
     def _observe(self, name: str, value: Tensor) -> None:
         observe(self, name, value)
 
-    def _observe_gates(self, gates: Gates) -> None:
-        """Step, forgotten fraction and momentum of each token and head."""
+    def _observe_call(self, gates: Gates, fast: FastWeights) -> None:
+        """Step, forgotten fraction and momentum of each token and head; the norm of the weights.
+
+        A norm per token would cost a pass over the weights for each, so it is that after the last
+        token of the call, and NaN before. Of accumulators, where a boundary's map makes weights of
+        them.
+        """
         if not observing():
             return
         observe(self, "step", gates.step.mean(-1))
@@ -435,6 +426,9 @@ class TestTimeMemory(Memory):
             observe(self, "forget", -torch.expm1(gates.log_keep).mean(-1))
         if gates.log_momentum is not None:
             observe(self, "momentum", gates.log_momentum.exp())
+        norm = torch.stack([w.square().sum((-2, -1)) for w in fast.weights]).sum(0).sqrt()
+        before = gates.step.shape[1] - 1
+        observe(self, "memory_norm", F.pad(norm[:, None], (0, 0, before, 0), value=torch.nan))
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from layers.protocol import require_at_least
 from ops.test_time import Boundary
 
+NORMALIZED_STEP = 0.5  # of 1/16, 0.25, 0.5 and 1 the largest at which MQAR is learnt fastest
 MAX_CHUNK_DECAY = 60.0  # nats a channel may lose in a chunk: the inverse must stay finite in fp32
 
 
@@ -71,8 +72,9 @@ class Learner:
     """How a memory learns: step theta_t = max_step sigmoid(w . x_t + b), and what becomes of it.
 
     Args:
-        max_step: largest step of a token; default None: 1 / chunk_size, with which no chunk of
-            unit keys overshoots in a linear memory, or 1 where errors are taken token by token.
+        max_step: largest step of a token; default None: 0.5 for a memory that ends in a layer norm,
+            which bounds what any step can do; else 1 / chunk_size, with which no chunk of unit keys
+            overshoots in a linear memory, or 1 where errors are taken token by token.
         step_bias: b; default 0.
         step_per_map: a step for each linear map (update="chunk" only); default False.
         momentum: eta_t = sigmoid(w . x_t + b) per head; default True.
@@ -102,11 +104,13 @@ class Learner:
         if self.step_per_map and (self.update != "chunk" or self.window > 1):
             raise ValueError("step_per_map needs update='chunk' and window=1")
 
-    def largest_step(self, chunk_size: int) -> float:
-        """`max_step`, or its default."""
+    def largest_step(self, chunk_size: int, *, normalized: bool) -> float:
+        """`max_step`, or its default for a memory that ends in a layer norm or not."""
         if self.max_step is not None:
             return self.max_step
-        return 1.0 if self.anchor == "token" or self.update == "average" else 1.0 / chunk_size
+        if self.anchor == "token":
+            return 1.0
+        return NORMALIZED_STEP if normalized else 1.0 / chunk_size
 
 
 def _monomials(width: int, degree: int) -> list[tuple[int, ...]]:

@@ -8,4 +8,6 @@ from ops.registry import Op
 
 __all__ = ["OPS", "Op"]
 
-OPS: dict[str, Op] = {op.name: op for op in (attention.OP, gated_delta.OP, short_convolution.OP, test_time.OP)}
+OPS: dict[str, Op] = {
+    op.name: op for op in (attention.OP, gated_delta.OP, short_convolution.OP, test_time.OP)
+}

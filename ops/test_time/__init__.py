@@ -9,7 +9,15 @@ from ops.test_time.boundary import Boundary, LqNorm, RowNorm, Softmax, UnitSlots
 from ops.test_time.chunk import Watch
 from ops.test_time.chunk import memorize_chunked as memorize
 from ops.test_time.examples import REGIMES, flops, inputs
-from ops.test_time.memories import MLP, Head, Matrix, MemoryNetwork, Slots, SwiGLU
+from ops.test_time.memories import (
+    MLP,
+    Head,
+    Matrix,
+    MemoryNetwork,
+    Slots,
+    SwiGLU,
+    initial_stds,
+)
 from ops.test_time.naive import memorize_naive
 from ops.test_time.objectives import DotProduct, Huber, LpError, Objective, SquaredError
 from ops.test_time.rule import FastWeights, Gates, Rule, Slow
@@ -36,6 +44,7 @@ __all__ = [
     "SwiGLU",
     "UnitSlots",
     "Watch",
+    "initial_stds",
     "memorize",
     "memorize_naive",
     "newton_schulz",

@@ -69,10 +69,10 @@ class UnitSlots(Boundary):
 class LqNorm(Boundary):
     """`W = A / |A|_q^(q-2)`, one norm per matrix: Moneta (arXiv 2504.13173).
 
-    The norm is a mean, `|A|_q = mean(|a|^q)^(1/q)`, where the paper's is a sum. That is the same rule
-    in another unit of A and of the steps, one in which A and W are of one size and a step means
-    what it means without the map. Inside a chunk the norm is that of the accumulator at its start,
-    so that reads stay linear.
+    The norm is a mean, `|A|_q = mean(|a|^q)^(1/q)`, where the paper's is a sum. That is the same
+    rule in another unit of A and of the steps, one in which A and W are of one size and a step
+    means what it means without the map. Inside a chunk the norm is that of the accumulator at its
+    start, so that reads stay linear.
 
     Args:
         q: above 2 and not 3, at which the norm of W would always be one; default 4.

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from ops.test_time.boundary import LqNorm, RowNorm, Softmax, UnitSlots
-from ops.test_time.memories import MLP, Matrix, Slots, SwiGLU
+from ops.test_time.memories import MLP, Matrix, Slots, SwiGLU, initial_stds
 from ops.test_time.naive import memorize_naive
 from ops.test_time.objectives import DotProduct, Huber, LpError
 from ops.test_time.rule import Gates, Rule, Slow
@@ -30,7 +30,7 @@ class _Regime:
 REGIMES: dict[str, _Regime] = {
     "typical": _Regime(Rule()),
     "no_decay": _Regime(Rule(momentum=False), "none"),
-    "strong_decay": _Regime(Rule(), "strong"),
+    "strong_decay": _Regime(Rule(memory=MLP(norm=False)), "strong"),
     "zero_step": _Regime(Rule(), still=True),
     "chunk_of_one": _Regime(Rule(chunk=1, momentum=False)),
     "matrix": _Regime(Rule(memory=Matrix())),
@@ -40,7 +40,9 @@ REGIMES: dict[str, _Regime] = {
     "linear_attention": _Regime(
         Rule(memory=Matrix(), objective=DotProduct(), momentum=False), "none"
     ),
-    "depth_4": _Regime(Rule(memory=MLP(depth=4, expand=2, activation="silu"), chunk=7)),
+    "depth_4": _Regime(
+        Rule(memory=MLP(depth=4, expand=2, activation="silu"), chunk=7, momentum=False), "none"
+    ),
     "no_norm": _Regime(Rule(memory=MLP(norm=False))),
     "biases": _Regime(Rule(memory=MLP(bias=True, residual=False))),
     "swiglu": _Regime(Rule(memory=SwiGLU(residual=True, norm=True))),
@@ -118,9 +120,12 @@ class _Draw:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
 
     def weights(self) -> tuple[Tensor, ...]:
-        """Initial weights `[B, H, in, out]`."""
-        shapes = self.regime.rule.memory.shapes(self.key, self.width)
-        return tuple(self.normal(self.batch, self.heads, i, o) * i**-0.5 for i, o in shapes)
+        """Initial weights `[B, H, in, out]`, of the scales that a layer gives them."""
+        memory = self.regime.rule.memory
+        shapes = memory.shapes(self.key, self.width)
+        stds = initial_stds(shapes, normalized=memory.norm, unit_keys=True)
+        shape = self.batch, self.heads
+        return tuple(self.normal(*shape, *s) * std for s, std in zip(shapes, stds, strict=True))
 
     def tokens(self, length: int) -> dict[str, Any]:
         """Queries, keys, values and gates of `length` tokens."""
@@ -133,12 +138,11 @@ class _Draw:
         maps = len(rule.memory.shapes(self.key, self.width))
         steps = maps if rule.update == "chunk" and rule.window == 1 else 1
         logits = self.normal(*shape, self.width if decay == "channel" else 1)
-        step = self.normal(*shape, steps).sigmoid() / (4 * rule.window)
+        bias = 10 if decay == "strong" else -5
+        most = 1 / (max(4, rule.chunk) * rule.window)
         return Gates(
-            step=step * (not self.regime.still),
-            log_keep=None
-            if decay == "none"
-            else -F.softplus(logits + 12 * (decay == "strong") - 2),
+            step=self.normal(*shape, steps).sigmoid() * (0.0 if self.regime.still else most),
+            log_keep=None if decay == "none" else -F.softplus(logits + bias),
             log_momentum=F.logsigmoid(self.normal(*shape)) if rule.momentum else None,
             window=self.normal(*shape, rule.window).sigmoid() if rule.window > 1 else None,
             limit=F.softplus(self.normal(*shape, 1)) if rule.objective.needs_limit else None,

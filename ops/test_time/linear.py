@@ -23,8 +23,8 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _rows(a: Tensor, b: Tensor) -> Tensor:
-    """Products of rows, `[M, C, 1]`."""
-    return torch.linalg.vecdot(a, b)[..., None]
+    """Products of rows, `[M, C, 1]`, in the precision of `b`."""
+    return torch.linalg.vecdot(a.to(b.dtype), b)[..., None]
 
 
 def _whole(a: Tensor, b: Tensor) -> Tensor:

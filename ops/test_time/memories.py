@@ -88,6 +88,30 @@ class _Network:
             )
 
 
+def initial_stds(
+    shapes: Sequence[tuple[int, int]], *, normalized: bool, unit_keys: bool
+) -> list[float]:
+    """Standard deviations of initial weights with which a step means the same in every memory.
+
+    A layer norm after the last map divides by the scale of its output, so steps count in units of
+    the last map's weights: as in a linear memory with unit keys if those have variance one, and if
+    hidden units see inputs of variance one. By fan-in, right without the norm, they would count as
+    many times more as there are hidden units, and a small change of one token would grow
+    exponentially over the next.
+
+    Args:
+        shapes: (in, out) of each map.
+        normalized: whether the memory ends in a layer norm.
+        unit_keys: whether keys have norm one, rather than features of variance one.
+    """
+    by_fan_in = [i**-0.5 for i, _ in shapes]
+    if not normalized:
+        return by_fan_in
+    first = shapes[0][0]
+    ones = [unit_keys and i == first for i, _ in shapes[:-1]] + [True]
+    return [1.0 if one else std for one, std in zip(ones, by_fan_in, strict=True)]
+
+
 def _at_least_fp32(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
