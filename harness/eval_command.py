@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -18,11 +18,20 @@ from harness.compose import CONFIG_DIR, compose_group, parse_overrides
 from harness.console import reference_line
 from harness.evaluation import Evaluation, check_fit, evaluate, lengthened, restore_model
 from harness.provenance import provenance
-from harness.run_directory import RunDirectory, find_run
+from harness.run_directory import RunDirectory, RunError, find_run
 from harness.schema import check_config, check_options
 from harness.signatures import signature_of
 from harness.targets import resolve_target
+from harness.telemetry import (
+    CORRELATED,
+    Trace,
+    check_surprise,
+    in_words,
+    record_trace,
+    write_telemetry,
+)
 from harness.training import blaming
+from models import LanguageModel
 from tasks.base import Task
 
 
@@ -35,6 +44,7 @@ class EvalOptions:
     split: Literal["val", "test"]
     lengths: list[int] | None
     carry: list[bool] | None
+    telemetry: int
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -42,6 +52,8 @@ class EvalOptions:
             raise ConfigError([f"lengths: expected multiples of 1 or more, got {self.lengths}"])
         if self.carry is not None and not self.carry:
             raise ConfigError(["carry: expected [false], [true] or [false,true], got []"])
+        if self.telemetry < 0:
+            raise ConfigError([f"telemetry: expected 0 tokens or more, got {self.telemetry}"])
 
 
 def evaluate_command(arguments: Sequence[str]) -> list[Evaluation]:
@@ -50,7 +62,7 @@ def evaluate_command(arguments: Sequence[str]) -> list[Evaluation]:
     Raises:
         ConfigError: a mistake in the command line.
         RunError: no usable run there.
-        FitError: the task does not fit the model.
+        FitError: the task does not fit the model, or the model has nothing to report.
     """
     own, task_overrides = _split(arguments)
     asked = _options(own)
@@ -64,6 +76,8 @@ def evaluate_command(arguments: Sequence[str]) -> list[Evaluation]:
     tasks = _tasks(task, asked.lengths or _default_lengths(task, given_length))
     model = restore_model(config, checkpoint)
     check_fit(checkpoint_vocabulary(checkpoint), model, tasks[0])
+    if asked.telemetry:
+        _check_telemetry(run, model)
     precision = config["trainer"].get("precision", "32-true")
     results = [
         evaluate(model, built, split=asked.split, carry=carry, precision=precision)
@@ -74,6 +88,12 @@ def evaluate_command(arguments: Sequence[str]) -> list[Evaluation]:
     print(reference_line(tasks[0], asked.split))
     if run.config.exists():
         _record(run, file, asked, task, results)
+    if asked.telemetry:
+        trace = record_trace(
+            model, tasks[0], split=asked.split, count=asked.telemetry, precision=precision
+        )
+        title = f"{run.name}, {file.name} on {tasks[0].name} ({asked.split})"
+        _report(trace, write_telemetry(run.telemetry, trace, tasks[0], title))
     return results
 
 
@@ -153,6 +173,35 @@ def _carries(asked: list[bool] | None, task: Task) -> list[bool]:
     if asked is not None:
         return asked
     return [False, True] if task.continues else [False]
+
+
+def _check_telemetry(run: RunDirectory, model: LanguageModel) -> None:
+    """Raises RunError or FitError where there would be nothing to write, or nowhere."""
+    if not run.config.exists():
+        raise RunError(f"telemetry: {run.path} is no run directory to write to; give one as run=")
+    files = sorted((CONFIG_DIR / "mixer").glob("*.yaml"))
+    check_surprise(model, [file.stem for file in files if _learns_at_test_time(file)])
+
+
+def _learns_at_test_time(mixer: Path) -> bool:
+    """Whether a mixer's file, or one that it is based on, names a TestTimeMemory."""
+    config = OmegaConf.load(mixer)
+    assert isinstance(config, DictConfig)
+    bases = [
+        base if isinstance(base, str) else next(iter(base.values()))
+        for base in config.pop("defaults", [])
+    ]
+    files = [mixer.with_stem(base) for base in bases if base != "_self_"]
+    named = "layers.TestTimeMemory" in OmegaConf.to_yaml(config)
+    return named or any(_learns_at_test_time(file) for file in files if file.exists())
+
+
+def _report(trace: Trace, files: Sequence[Path]) -> None:
+    """Prints how surprise goes with the loss, and where to look."""
+    print(f"telemetry of {len(trace.ids):,} tokens; {CORRELATED}:")
+    for layer, correlations in trace.correlations().items():
+        print(f"  {layer}: {in_words(correlations)}")
+    print("\n".join(map(str, files)))
 
 
 def _record(

@@ -117,10 +117,9 @@ def evaluate(
     task.prepare_data()
     metrics, state, tokens, seconds, held = task.metrics(), None, 0, 0.0, 0
     device = next(model.parameters()).device
-    mixed = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
     for batch in task.eval_batches(split):
         started = time.perf_counter()
-        with mixed:
+        with mixed_precision(device, precision):
             state = _score(model, batch, metrics, state if carry else None)
         seconds += time.perf_counter() - started
         tokens += batch.inputs.numel()
@@ -132,6 +131,11 @@ def evaluate(
         state_bytes=held,
         tokens_per_second=tokens / seconds,
     )
+
+
+def mixed_precision(device: torch.device, precision: str) -> torch.autocast:
+    """A context that computes in bf16 where a trainer of that precision does."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
 @torch.inference_mode()

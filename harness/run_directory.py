@@ -66,6 +66,11 @@ class RunDirectory:
         return self.path / "evaluations.jsonl"
 
     @property
+    def telemetry(self) -> Path:
+        """What memories reported along a text, in the last evaluation that asked for it."""
+        return self.path / "telemetry"
+
+    @property
     def tokenizer(self) -> Path:
         """The vocabulary that the run learnt, if it learnt one."""
         return self.path / "tokenizer.model"
