@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def start_run(composed: Composed) -> tuple[RunDirectory, dict[str, Any]]:
     prepared = prepare(composed.config)
     run = new_run_directory(chosen.run_dir, composed.choices, chosen.seed)
     run.write_config(composed.config)
-    run.write_summary(choices=dict(composed.choices))
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    run.write_summary(choices=dict(composed.choices), started=started)
     summary = train(prepared, run)
     _report(run, prepared, summary)
     return run, summary

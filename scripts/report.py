@@ -1,0 +1,82 @@
+"""Makes a Markdown table of runs, so that no figure in docs/results/ is copied by hand."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from harness.cli import report_errors
+from scripts.reporting.columns import chosen_columns, default_columns
+from scripts.reporting.page import place, render
+from scripts.reporting.rows import make_rows, naming_columns
+from scripts.reporting.runs import find_runs
+
+COLUMNS = """columns:
+  best:METRIC           of the validation at which best.ckpt was kept, as best:accuracy
+  eval:METRIC@LENGTH    of eval.py's latest row for the best weights and blocks of LENGTH tokens, as
+                        eval:accuracy@8192; LENGTH may be a multiple of the training length, as 4x
+  eval:METRIC@LENGTH:carried
+                        the same with the state carried from block to block
+  budget.parameters     or any other entry of summary.json, nested ones with dots
+
+examples:
+  python scripts/report.py runs/2026-01-31_12-00-00_sweep
+  python scripts/report.py runs --by mixer --columns best:accuracy,eval:accuracy@4x,tokens
+  python scripts/report.py runs/*mqar* --out docs/results/mqar.md --name mqar --title "MQAR"
+"""
+
+
+def report(arguments: Sequence[str]) -> None:
+    """Makes the report that a command line asks for, and puts it into its file or prints it.
+
+    Raises:
+        ReportError: no runs, an unknown column, a file without the markers.
+        RunError: a run directory that cannot be read.
+    """
+    asked = _parser().parse_args(arguments)
+    runs = find_runs(asked.runs)
+    rows = make_rows(runs)
+    named_by = naming_columns(rows, _words(asked.by))
+    words = _words(asked.columns)
+    columns = (
+        chosen_columns(words, runs, asked.split) if words else default_columns(runs, asked.split)
+    )
+    command = shlex.join(["scripts/report.py", *arguments])
+    title = f"### {asked.title}\n\n" if asked.title else ""
+    made = title + render(rows, named_by, columns, command)
+    if asked.out:
+        place(made, asked.out, asked.name)
+    print(f"{asked.out}: report {asked.name!r} of {len(runs)} runs" if asked.out else made)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python scripts/report.py",
+        description=f"{__doc__} A row is a group of runs that differ only in the seed.",
+        epilog=COLUMNS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories, or folders of them")
+    parser.add_argument("--by", help="the options that name a row; else all that differ")
+    parser.add_argument("--columns", help="what to show of each row; else metric and costs")
+    parser.add_argument(
+        "--split",
+        choices=["val", "test"],
+        help="else val for the metric, and test for columns of evaluations",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.md", help="put the table there")
+    parser.add_argument("--name", default="table", help="of the table, in the file's markers")
+    parser.add_argument("--title", help="a heading above the table")
+    return parser
+
+
+def _words(listed: str | None) -> list[str] | None:
+    return [word.strip() for word in listed.split(",") if word.strip()] if listed else None
+
+
+if __name__ == "__main__":
+    with report_errors():
+        report(sys.argv[1:])

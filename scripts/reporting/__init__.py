@@ -1,0 +1,1 @@
+"""From run directories to a Markdown table: what `scripts/report.py` is made of."""

@@ -1,0 +1,164 @@
+"""What a column of the table says of a run, and of the runs of a row together."""
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from harness.loggers import STEP
+from scripts.reporting.entries import flat
+from scripts.reporting.rows import Row
+from scripts.reporting.runs import ReportError, Run, unknown
+
+Split = Literal["val", "test"]
+
+COSTS = {
+    "budget.parameters": "parameters",
+    "budget.state_bytes": "state bytes",
+    "tokens_per_second": "training tokens/s",
+    "steps": "steps",
+    "tokens": "tokens",
+}
+_BUDGET = "budget."  # known before training, so also of runs that did not finish
+_EVAL = re.compile(
+    r"eval:(?P<metric>.+)@(?P<length>\d+)(?P<multiple>x?)(:(?P<state>fresh|carried))?"
+)
+_OF_AN_EVALUATION = ("state_bytes", "tokens_per_second")  # beside its metrics
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column.
+
+    Attributes:
+        word: how it is asked for.
+        label: its head in the table.
+        read: its value for a run; None if the run has none.
+        evaluation: the evaluation that the value is from, for columns of evaluations.
+    """
+
+    word: str
+    label: str
+    read: Callable[[Run], Any]
+    evaluation: Callable[[Run], Mapping[str, Any] | None] | None = None
+
+    def cell(self, row: Row) -> str:
+        """The value of a row: the mean over seeds and the standard deviation between them."""
+        known_untrained = self.word.startswith(_BUDGET)
+        runs = row.runs if known_untrained else row.finished
+        values = [value for run in runs if (value := self.read(run)) is not None]
+        missing = f" ({len(values)} of {len(runs)})" if 0 < len(values) < len(runs) else ""
+        return together(values, measured=not known_untrained) + missing
+
+
+def default_columns(runs: Sequence[Run], split: Split | None) -> list[Column]:
+    """The monitored metric of each task among the runs, then what it cost.
+
+    Raises:
+        ReportError: no run was evaluated on the test split, if that is asked for.
+    """
+    monitors = dict.fromkeys(run.task.monitor for run in runs if run.task)
+    if split == "test":
+        metrics = chosen_columns([f"eval:{monitor}@1x" for monitor in monitors], runs, split)
+    else:
+        metrics = [_make(f"best:{monitor}", split) for monitor in monitors]
+    return [*metrics, *(_make(word, split) for word in COSTS)]
+
+
+def chosen_columns(words: Sequence[str], runs: Sequence[Run], split: Split | None) -> list[Column]:
+    """The columns that the command line names.
+
+    Raises:
+        ReportError: a column of which no run has a value.
+    """
+    columns = [_make(word, split) for word in words]
+    for column in columns:
+        if all(column.read(run) is None for run in runs):
+            hint = " (eval.py run=RUN adds evaluations)" if column.evaluation else ""
+            problem = f"columns: no run has a value for {column.word!r}{hint}"
+            raise ReportError(unknown(problem, column.word, _known(runs, split)))
+    return columns
+
+
+def together(values: Sequence[Any], *, measured: bool) -> str:
+    """Values of several seeds as one cell.
+
+    Args:
+        values: one per seed.
+        measured: whether equal values are a result, to be shown with their spread of zero.
+    """
+    if not values:
+        return ""
+    numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    if not numeric:
+        return ", ".join(dict.fromkeys(text(value) for value in values))
+    equal = len(set(values)) == 1
+    if len(values) == 1 or (equal and not (measured and isinstance(values[0], float))):
+        return number(values[0])
+    return f"{number(statistics.mean(values))} ± {number(statistics.stdev(values))}"
+
+
+def number(value: float) -> str:
+    """A figure: whole from a thousand on, otherwise with three decimals, or in powers of ten."""
+    if isinstance(value, int) or (math.isfinite(value) and abs(value) >= 1000):
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if value == 0 or not abs(value) < 5e-4 else f"{value:.2e}"
+
+
+def text(value: Any) -> str:
+    """A value of a config or a summary, as it would be typed."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def evaluation_split(split: Split | None) -> Split:
+    """The split of evaluations, which is the test split unless another is asked for."""
+    return split or "test"
+
+
+def _make(word: str, split: Split | None) -> Column:
+    if word.startswith("best:"):
+        metric = word.removeprefix("best:")
+        return Column(word, f"{metric} (val)", lambda run: run.best.get(f"val/{metric}"))
+    if match := _EVAL.fullmatch(word):
+        return _of_evaluation(word, match, evaluation_split(split))
+    return Column(word, COSTS.get(word, word), lambda run: flat(run.summary).get(word))
+
+
+def _of_evaluation(word: str, match: re.Match[str], split: Split) -> Column:
+    metric, length, carried = match["metric"], int(match["length"]), match["state"] == "carried"
+
+    def evaluation(run: Run) -> Mapping[str, Any] | None:
+        """The latest one of the best weights."""
+        wanted = length * (run.seq_len or 0) if match["multiple"] else length
+        asked = {"split": split, "seq_len": wanted, "carry": carried, "checkpoint": "best.ckpt"}
+        return next((e for e in reversed(run.evaluations) if asked.items() <= e.items()), None)
+
+    def read(run: Run) -> Any:
+        found = evaluation(run)
+        return None if found is None else _values(found).get(metric)
+
+    length_asked = f" at {length}x" if match["multiple"] and length > 1 else f" at {length:,}"
+    at = "" if match["multiple"] and length == 1 else length_asked
+    label = f"{metric}{at}{', state carried' if carried else ''} ({split})"
+    return Column(word, label, read, evaluation)
+
+
+def _values(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    return {**evaluation["metrics"], **{key: evaluation[key] for key in _OF_AN_EVALUATION}}
+
+
+def _known(runs: Sequence[Run], split: Split | None) -> list[str]:
+    """Every word that names a column of these runs."""
+    best = [f"best:{key.removeprefix('val/')}" for run in runs for key in run.best if key != STEP]
+    facts = [key for run in runs for key in flat(run.summary)]
+    evaluated = [
+        f"eval:{key}@{row['seq_len']}{':carried' if row['carry'] else ''}"
+        for run in runs
+        for row in run.evaluations
+        if row["split"] == evaluation_split(split) and row["checkpoint"] == "best.ckpt"
+        for key in _values(row)
+    ]
+    return list(dict.fromkeys([*best, *facts, *evaluated]))
