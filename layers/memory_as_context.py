@@ -60,7 +60,7 @@ class MemoryAsContext(Layer):
         h = norm(M'(S W_q))            read-only: `memory.recall`
         y = Attn([p ; h ; S])          causal, of the segment's tokens
         m_t = M_t(y_t)                 the memory writes y and answers, token by token
-        o = W_o (norm(y) * silu(norm(m)))
+        o = W_o gate(y, m)
 
     h_j was asked for by token j, so token t sees p, and h_j and S_j for j <= t only. Attention is
     precise within the segment; what lies before it comes back through h, and attention decides

@@ -25,7 +25,7 @@ class MemoryAsGate(_MemoryWithWindow):
 
     With `x~ = [p_1 .. p_P ; x]`, persistent tokens p before the sequence,
 
-        y = SW-Attn(x~),    m = M(x~),    o = W_o (norm(y) * silu(norm(m)))
+        y = SW-Attn(x~),    m = M(x~),    o = W_o gate(y, m)
 
     * attention is precise about the last `window` tokens and sees p from everywhere;
     * the memory reads every token and, before the first, has read p: the same parameters.
@@ -39,8 +39,7 @@ class MemoryAsGate(_MemoryWithWindow):
 
     State: that of the memory, and of sliding-window attention (`layers/softmax_attention.py`).
 
-    Where the paper is silent: the gate is RMSNorm on both branches and SiLU on the memory (see
-    `BranchGate`), followed by an output projection. Persistent tokens start with unit variance,
+    Where the paper is silent: the gate is `BranchGate`'s, with an output projection. Persistent tokens start with unit variance,
     which is the scale of the normalised input that they are put before, and carry no position.
 
     Raises:

@@ -10,13 +10,17 @@ from torch.nn import functional as F
 from layers.protocol import Layer, Recipe, State, select_state
 from layers.softmax_attention import KVCache, SoftmaxAttention
 
+BRANCH_SCALE = 0.25  # of a branch beside its bias of one: the product is then close to a sum
+
 
 class BranchGate(nn.Module):
-    """`norm(y) * silu(norm(m))`: the product in which a memory's answer gates attention's output.
+    """`silu(norm(y) + a) * silu(norm(m) + b)`: the product of attention's output and a memory's.
 
-    The paper normalises both branches "using learnable vector-valued weights, followed by a
-    non-linearity" and leaves open which norm, which non-linearity, and on which branch. Ours are
-    RMSNorm, and SiLU on the memory, as the output gates of this repository have it.
+    Titans normalises both with learned vectors and puts a non-linearity after; which norm, which
+    non-linearity and where is open. Ours are RMSNorm and SiLU on both branches, with learned biases
+    that start at one and norms that start at a quarter: the product is then close to a sum of the
+    branches, and either is heard before the other has learnt anything. A bare product kept
+    `MemoryAsGate` at the guess level on MQAR for as long as its memory alone takes to learn it.
 
     Args:
         d_model: width D of both branches.
@@ -25,12 +29,17 @@ class BranchGate(nn.Module):
     def __init__(self, d_model: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(d_model)
+        nn.init.constant_(self.attention_norm.weight, BRANCH_SCALE)
+        self.attention_bias = nn.Parameter(torch.ones(d_model))
         self.memory_norm = nn.RMSNorm(d_model)
+        nn.init.constant_(self.memory_norm.weight, BRANCH_SCALE)
+        self.memory_bias = nn.Parameter(torch.ones(d_model))
 
     def forward(self, y: Float[Tensor, "b t d"], m: Float[Tensor, "b t d"]) -> Tensor:
-        """Gates attention's output `y` by the memory's answer `m`."""
+        """Gates attention's output `y` and the memory's answer `m` by each other."""
         dtype = self.memory_norm.weight.dtype  # autocast hands over less than the norms have
-        return self.attention_norm(y.to(dtype)) * F.silu(self.memory_norm(m.to(dtype)))
+        attended = F.silu(self.attention_norm(y.to(dtype)) + self.attention_bias)
+        return attended * F.silu(self.memory_norm(m.to(dtype)) + self.memory_bias)
 
 
 class WindowState(NamedTuple):

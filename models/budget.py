@@ -1,5 +1,6 @@
 """What a model costs, known before it is trained: the figures at which runs are compared."""
 
+import itertools
 from dataclasses import asdict, dataclass
 
 import torch
@@ -44,7 +45,8 @@ def budget(model: LanguageModel, seq_len: int) -> Budget:
         model: on any device, the meta device included; it is left as it is.
         seq_len: the length T.
     """
-    weights = {name: p.detach().to("meta") for name, p in model.named_parameters()}
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    weights = {name: tensor.detach().to("meta") for name, tensor in tensors}
     tokens = torch.zeros(1, seq_len, dtype=torch.long, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         _, state, _ = functional_call(model, weights, (tokens,))

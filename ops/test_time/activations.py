@@ -15,59 +15,57 @@ from torch.nn import functional as F
 
 ActivationName = Literal["gelu", "silu"]
 
-_gelu_slope = torch.ops.aten.gelu_backward
-_silu_slope = torch.ops.aten.silu_backward
 
-
-class _GeluSlope(torch.autograd.Function):
-    """`g * phi'(z)` for phi(z) = z Phi(z), Phi the normal distribution function."""
+class _Gelu(torch.autograd.Function):
+    """phi(z) = z Phi(z) and phi'(z), Phi the normal distribution function."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, z: Tensor) -> Tensor:
-        ctx.save_for_backward(g, z)
-        return _gelu_slope(g, z)
+    def forward(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        slope = torch.ops.aten.gelu_backward(torch.ones_like(z), z)
+        ctx.save_for_backward(z, slope)
+        return F.gelu(z), slope
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor]:
-        g, z = ctx.saved_tensors
+    def backward(ctx: Any, dvalue: Tensor, dslope: Tensor) -> Tensor:
+        z, slope = ctx.saved_tensors
         square = z * z  # phi''(z) = (2 - z^2) exp(-z^2 / 2) / sqrt(2 pi)
-        bell = torch.mul(square, -0.5).exp_()
-        bend = square.neg_().add_(2).mul_(bell).mul_(1 / math.sqrt(2 * math.pi))
-        return _gelu_slope(d, z), bend.mul_(d).mul_(g)
+        bell = (square * -0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
+        bend = square.neg_().add_(2).mul_(bell)
+        return bend.mul_(dslope).addcmul_(dvalue, slope)
 
 
-class _SiluSlope(torch.autograd.Function):
-    """`g * phi'(z)` for phi(z) = z s, s = sigmoid(z)."""
+class _Silu(torch.autograd.Function):
+    """phi(z) = z s and phi'(z), s = sigmoid(z)."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, z: Tensor) -> Tensor:
-        ctx.save_for_backward(g, z)
-        return _silu_slope(g, z)
+    def forward(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        slope = torch.ops.aten.silu_backward(torch.ones_like(z), z)
+        ctx.save_for_backward(z, slope)
+        return F.silu(z), slope
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor]:
-        g, z = ctx.saved_tensors
+    def backward(ctx: Any, dvalue: Tensor, dslope: Tensor) -> Tensor:
+        z, slope = ctx.saved_tensors
         s = z.sigmoid()  # phi''(z) = s (1 - s) (2 + z (1 - 2 s))
-        bend = torch.addcmul(torch.full_like(s, 2.0), z, 1 - 2 * s)
-        bend.mul_(s).mul_(1 - s)
-        return _silu_slope(d, z), bend.mul_(d).mul_(g)
+        bend = torch.addcmul(z + 2, z, s, value=-2).mul_(s).mul_(1 - s)
+        return bend.mul_(dslope).addcmul_(dvalue, slope)
 
 
 class Activation(NamedTuple):
-    """An activation and the gradient it passes back.
+    """An activation, alone and with its slope.
 
     Attributes:
         value: `phi(z)`.
-        slope: `g * phi'(z)` from (g, z), differentiable once more.
+        with_slope: `(phi(z), phi'(z))`, both differentiable once.
     """
 
     value: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor, Tensor], Tensor]
+    with_slope: Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "gelu": Activation(F.gelu, _GeluSlope.apply),
-    "silu": Activation(F.silu, _SiluSlope.apply),
+    "gelu": Activation(F.gelu, _Gelu.apply),
+    "silu": Activation(F.silu, _Silu.apply),
 }

@@ -2,7 +2,7 @@
 
 Both are a few matrix products around factors that count tokens. Left to automatic differentiation,
 each factor costs a product and a sum over the largest tensors; here the gradients of all factors
-come from row products that the other gradients need anyway.
+come from row products, over the narrower side of the map, that other gradients need anyway.
 
 Shapes: M memories (or chunks of memories), C tokens that read, R tokens written, weights
 `[M, in, out]`, counts `[M, C, 1]`, `[M, R, 1]` and `[M, 1, 1]`.
@@ -20,6 +20,13 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.dtype == b.dtype == dtype and dtype.itemsize >= 4:
         return torch.bmm(a, b)
     return torch.bmm(a.to(dtype), b.to(dtype)).to(torch.promote_types(dtype, torch.float32))
+
+
+def _plus(base: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, sign: int = 1) -> Tensor:
+    """`base + sign * a b`, in place."""
+    if a.dtype == b.dtype == base.dtype == dtype:
+        return base.baddbmm_(a, b, alpha=sign)
+    return base.add_(product(a, b, dtype), alpha=sign)
 
 
 def _rows(a: Tensor, b: Tensor) -> Tensor:
@@ -53,10 +60,12 @@ class _Read(torch.autograd.Function):
         of_s: Tensor | None,
     ) -> Tensor:
         scores = product(y, x.mT, dtype)
-        z = product(_counted(y, of_w), w, dtype)
-        if s is not None:
-            z += product(_counted(y, of_s), s, dtype)
-        z -= product(scores * mix, d, dtype)
+        from_w = product(y, w, dtype)
+        from_s = None if s is None else product(y, s, dtype)
+        z = from_w.clone() if of_w is None else from_w * of_w
+        if from_s is not None:
+            z = z.add_(from_s) if of_s is None else z.addcmul_(from_s, of_s)
+        _plus(z, scores * mix, d, dtype, -1)
         ctx.save_for_backward(y, x, d, mix, w, of_w, s, of_s, scores)
         ctx.dtype = dtype
         return z
@@ -70,19 +79,28 @@ class _Read(torch.autograd.Function):
         dmix, dscores = dmixed * scores, dmixed.mul_(mix)
         dx, dd = product(dscores.mT, y, dtype), product((scores * mix).mT, dz, dtype).neg_()
         dy = product(dscores, x, dtype)
-        dof_w = ds = dof_s = None
-        read = product(dz, w.mT, dtype)
-        dw = product(_counted(y, of_w).mT, dz, dtype)
-        if of_w is not None:
-            dof_w, read = _rows(y, read), read.mul_(of_w)
-        dy += read
+        dof_w, dw = _read_back(y, w, of_w, dz, dy, dtype)
+        ds = dof_s = None
         if s is not None:
-            read = product(dz, s.mT, dtype)
-            ds = product(_counted(y, of_s).mT, dz, dtype)
-            if of_s is not None:
-                dof_s, read = _rows(y, read), read.mul_(of_s)
-            dy += read
+            dof_s, ds = _read_back(y, s, of_s, dz, dy, dtype)
         return None, dy, dx, dd, dmix, dw, dof_w, ds, dof_s
+
+
+def _read_back(
+    y: Tensor, w: Tensor, count: Tensor | None, dz: Tensor, dy: Tensor, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of the count and the weights from that of `count * (y W)`; adds to that of y."""
+    if count is None:
+        _plus(dy, dz, w.mT, dtype)
+        return None, product(y.mT, dz, dtype)
+    if not _narrow_in(w):  # the narrower side carries the count
+        counted = dz * count
+        _plus(dy, counted, w.mT, dtype)
+        return _rows(dz, product(y, w, dtype)), product(y.mT, counted, dtype)
+    back = product(dz, w.mT, dtype)
+    dcount = _rows(y, back)
+    dy.addcmul_(back, count)
+    return dcount, product((y * count).mT, dz, dtype)
 
 
 def causal_read(
@@ -132,13 +150,13 @@ class _Update(torch.autograd.Function):
         s: Tensor | None,
         of_s: Tensor | None,
     ) -> Tensor:
-        new = product((x * count).mT, d, dtype).neg_()
-        if of_w is None:
-            new += w
-        else:
-            new.addcmul_(w, of_w)
+        new = w.clone() if of_w is None else w * of_w
         if s is not None and of_s is not None:
             new.addcmul_(s, of_s)
+        if _narrow_in(w):
+            _plus(new, (x * count).mT, d, dtype, -1)
+        else:
+            _plus(new, x.mT, d * count, dtype, -1)
         ctx.save_for_backward(x, d, count, w, of_w, s, of_s)
         ctx.dtype = dtype
         return new
@@ -148,14 +166,25 @@ class _Update(torch.autograd.Function):
     def backward(ctx: Any, dnew: Tensor) -> tuple[Tensor | None, ...]:
         x, d, count, w, of_w, s, of_s = ctx.saved_tensors
         dtype: torch.dtype = ctx.dtype
-        back = product(d, dnew.mT, dtype).neg_()
-        dcount, dx = _rows(x, back), back.mul_(count)
-        dd = product(x * count, dnew, dtype).neg_()
+        if _narrow_in(w):
+            dx = product(d, dnew.mT, dtype).neg_()
+            dcount = _rows(x, dx)
+            dx.mul_(count)
+            dd = product((x * count).neg_(), dnew, dtype)
+        else:
+            dd = product(x, dnew, dtype).neg_()
+            dcount = _rows(d, dd)
+            dd.mul_(count)
+            dx = product((d * count).neg_(), dnew.mT, dtype)
         dw = _counted(dnew, of_w)
         dof_w = None if of_w is None else _whole(dnew, w)
         ds = None if s is None else dnew * of_s
         dof_s = None if s is None else _whole(dnew, s)
         return None, dx, dd, dcount, dw, dof_w, ds, dof_s
+
+
+def _narrow_in(w: Tensor) -> bool:
+    return w.shape[-2] <= w.shape[-1]
 
 
 def update(

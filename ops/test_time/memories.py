@@ -176,14 +176,15 @@ class MLP(_Network):
     ) -> Gradients:
         """Inputs and deltas of each map for keys `[M, R, K]`, at given weights."""
         act = ACTIVATIONS[self.activation]
-        inputs, zs = [self._fed(k)], [mm(self._fed(k), weights[0])]
-        for weight in weights[1:]:
-            inputs.append(self._fed(act.value(zs[-1])))
-            zs.append(mm(inputs[-1], weight))
-        deltas = [self._output_delta(zs.pop(), k, head, error)]
+        inputs, slopes = [self._fed(k)], []
+        for weight in weights[:-1]:
+            value, slope = act.with_slope(mm(inputs[-1], weight))
+            inputs.append(self._fed(value))
+            slopes.append(slope)
+        deltas = [self._output_delta(mm(inputs[-1], weights[-1]), k, head, error)]
         for weight in weights[:0:-1]:
             back = _backward_through(deltas[0], weight, self.bias, mm)
-            deltas.insert(0, act.slope(back, zs.pop()))
+            deltas.insert(0, back * slopes.pop())
         return Gradients(tuple(inputs), tuple(deltas))
 
     def _fed(self, x: Tensor) -> Tensor:
@@ -235,12 +236,11 @@ class SwiGLU(_Network):
     ) -> Gradients:
         """Inputs and deltas of each map for keys `[M, R, K]`, at given weights."""
         gate, up = mm(k, weights[0]), mm(k, weights[1])
-        opened = F.silu(gate)
+        opened, slope = ACTIVATIONS["silu"].with_slope(gate)
         hidden = opened * up
         delta = self._output_delta(mm(hidden, weights[2]), k, head, error)
         back = mm(delta, weights[2].mT)
-        slope = ACTIVATIONS["silu"].slope(back * up, gate)
-        return Gradients((k, k, hidden), (slope, back * opened, delta))
+        return Gradients((k, k, hidden), (back * up * slope, back * opened, delta))
 
 
 @dataclass(frozen=True)
