@@ -60,7 +60,7 @@ class MemoryAsContext(Layer):
         h = norm(M'(S W_q))            read-only: `memory.recall`
         y = Attn([p ; h ; S])          causal, of the segment's tokens
         m_t = M_t(y_t)                 the memory writes y and answers, token by token
-        o = W_o gate(y, m)
+        o = gate(y, m)
 
     h_j was asked for by token j, so token t sees p, and h_j and S_j for j <= t only. Attention is
     precise within the segment; what lies before it comes back through h, and attention decides
@@ -117,7 +117,6 @@ class MemoryAsContext(Layer):
         self.kv_proj = nn.Linear(d_model, 2 * d_model, bias=False)
         self.attention_proj = nn.Linear(d_model, d_model, bias=False)
         self.gate = BranchGate(d_model)
-        self.out_proj = nn.Linear(d_model, d_model, bias=False)
         self.persistent = nn.Parameter(torch.randn(persistent, d_model)) if persistent else None
 
     def forward(self, x: Float[Tensor, "b t d"], state: ContextState | None = None) -> Output:
@@ -157,7 +156,7 @@ class MemoryAsContext(Layer):
         if k.shape[1] == self.segment:
             empty = self._no_keys(len(x), like=k)
             after = ContextState(memory, memory, empty, empty)
-        return Output(self.out_proj(self.gate(y, m)), after, aux)
+        return Output(self.gate(y, m), after, aux)
 
     def _queries_keys_values(
         self, x: Tensor, recalled: Tensor, start: int

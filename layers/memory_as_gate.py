@@ -3,7 +3,7 @@
 from functools import partial
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from layers.gated_delta_net import GatedDeltaNet
 from layers.memory_with_attention import BranchGate, WindowState, _MemoryWithWindow
@@ -25,7 +25,7 @@ class MemoryAsGate(_MemoryWithWindow):
 
     With `x~ = [p_1 .. p_P ; x]`, persistent tokens p before the sequence,
 
-        y = SW-Attn(x~),    m = M(x~),    o = W_o gate(y, m)
+        y = SW-Attn(x~),    m = M(x~),    o = gate(y, m)
 
     * attention is precise about the last `window` tokens and sees p from everywhere;
     * the memory reads every token and, before the first, has read p: the same parameters.
@@ -39,7 +39,7 @@ class MemoryAsGate(_MemoryWithWindow):
 
     State: that of the memory, and of sliding-window attention (`layers/softmax_attention.py`).
 
-    Where the paper is silent: the gate is `BranchGate`'s, with an output projection. Persistent tokens start with unit variance,
+    Where the paper is silent: the gate is that of `BranchGate`. Persistent tokens start with unit variance,
     which is the scale of the normalised input that they are put before, and carry no position.
 
     Raises:
@@ -57,7 +57,6 @@ class MemoryAsGate(_MemoryWithWindow):
     ) -> None:
         super().__init__(d_model, memory=memory, heads=heads, window=window, persistent=persistent)
         self.gate = BranchGate(d_model)
-        self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
     def forward(self, x: Float[Tensor, "b t d"], state: WindowState | None = None) -> Output:
         """Gates what attention sees in the window by what the memory answers."""
@@ -65,7 +64,7 @@ class MemoryAsGate(_MemoryWithWindow):
         y, cache, _ = self.attention(x, state.attention)
         m, memory, aux = self.memory(x, state.memory)
         return Output(
-            self.out_proj(self.gate(y, m)),
+            self.gate(y, m),
             WindowState(memory, cache),
             join_aux({"memory": aux}),
         )

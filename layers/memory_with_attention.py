@@ -5,22 +5,20 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from layers.protocol import Layer, Recipe, State, select_state
 from layers.softmax_attention import KVCache, SoftmaxAttention
 
-BRANCH_SCALE = 0.25  # of a branch beside its bias of one: the product is then close to a sum
-
 
 class BranchGate(nn.Module):
-    """`silu(norm(y) + a) * silu(norm(m) + b)`: the product of attention's output and a memory's.
+    """`(1 + norm(y)) * (1 + norm(m)) - 1`: attention's output and a memory's gate each other.
 
-    Titans normalises both with learned vectors and puts a non-linearity after; which norm, which
-    non-linearity and where is open. Ours are RMSNorm and SiLU on both branches, with learned biases
-    that start at one and norms that start at a quarter: the product is then close to a sum of the
-    branches, and either is heard before the other has learnt anything. A bare product kept
-    `MemoryAsGate` at the guess level on MQAR for as long as its memory alone takes to learn it.
+    That is their product plus both, so that either branch is heard before the other has learnt
+    anything. Titans normalises both with learned vectors, then puts a non-linearity; which, where,
+    and which norm is open. Ours is RMSNorm and no other non-linearity than the product. Measured on
+    MQAR with a Gated DeltaNet as the memory (accuracy after 300 updates, one seed): this 0.69,
+    `norm(y) * silu(norm(m))` 0.41, `silu(1 + norm(y)) * silu(1 + norm(m))` 0.30. There is no output
+    projection: both branches end in one, and with a second the accuracy was 0.02.
 
     Args:
         d_model: width D of both branches.
@@ -29,17 +27,13 @@ class BranchGate(nn.Module):
     def __init__(self, d_model: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(d_model)
-        nn.init.constant_(self.attention_norm.weight, BRANCH_SCALE)
-        self.attention_bias = nn.Parameter(torch.ones(d_model))
         self.memory_norm = nn.RMSNorm(d_model)
-        nn.init.constant_(self.memory_norm.weight, BRANCH_SCALE)
-        self.memory_bias = nn.Parameter(torch.ones(d_model))
 
     def forward(self, y: Float[Tensor, "b t d"], m: Float[Tensor, "b t d"]) -> Tensor:
-        """Gates attention's output `y` and the memory's answer `m` by each other."""
+        """Joins attention's output `y` and the memory's answer `m`."""
         dtype = self.memory_norm.weight.dtype  # autocast hands over less than the norms have
-        attended = F.silu(self.attention_norm(y.to(dtype)) + self.attention_bias)
-        return attended * F.silu(self.memory_norm(m.to(dtype)) + self.memory_bias)
+        y, m = self.attention_norm(y.to(dtype)), self.memory_norm(m.to(dtype))
+        return y + m + y * m
 
 
 class WindowState(NamedTuple):

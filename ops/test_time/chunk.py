@@ -9,7 +9,8 @@ Shapes: B batch, T time, H heads, K key width, V value width, C tokens of a chun
 run, M = B * H memories, R rows of keys of a chunk (the window's tokens before it included).
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -86,6 +87,16 @@ class _Tiles(NamedTuple):
     ends: bool
 
 
+class _Here(NamedTuple):
+    """What one chunk works with; of all chunks, before they are taken apart."""
+
+    k: Tensor
+    v: Tensor
+    gates: TiledGates
+    mix: Mixing
+    solve: Tensor | None
+
+
 @dataclass(frozen=True)
 class _Engine:
     """What does not change within a call."""
@@ -104,63 +115,60 @@ class _Engine:
         """Reads `[N, M, C, V]`, surprise `[N, M, C]` if watched, and the state after."""
         mix, chunks = mixing(self.rule, tiles.gates, tiles.position), []
         solve = corrections(mix, tiles.k) if self.rule.anchor == "token" else None
-        for n in range(len(tiles.k)):
-            now = _at(mix, n)
-            chunk = self._learnt(tiles, n, now, carried, solve)
+        for here in _unbound(_Here(tiles.k, tiles.v, tiles.gates, mix, solve)):
+            chunk = self._learnt(here, carried, tiles.begun)
             chunks.append(chunk)
-            carried = self._advanced(carried, chunk, now, _at(tiles.gates, n))
+            carried = self._advanced(carried, chunk, here)
             if tiles.ends:
-                carried = self._ended(carried, now)
+                carried = self._ended(carried, here.mix)
         whole = _Chunk(
             *(_each(lambda *x: torch.cat(x), *field) for field in zip(*chunks, strict=True))
         )
         surprise = whole.surprise[0].view(tiles.q.shape[:3]) if self.watched else None
         return self._answers(tiles.q, whole, mix), surprise, carried
 
-    def _learnt(
-        self, tiles: _Tiles, n: int, mix: Mixing, carried: _Carried, solve: Tensor | None
-    ) -> _Chunk:
+    def _learnt(self, here: _Here, carried: _Carried, begun: bool) -> _Chunk:
         """Gradients of one chunk's tokens, and what its tokens read from."""
-        rule = self.rule
+        rule, (k, v, _, mix, solve) = self.rule, here
         anchor = _each(rule.boundary.view, carried.start)
         if solve is None:
-            gradients = self._gradients(anchor, tiles, n)
+            gradients = self._gradients(anchor, here)
         else:
-            k, (w,) = tiles.k[n], carried.weights
-            errors = errors_in_turn(k, tiles.v[n], w, carried.momentum, mix, solve[n], self.mm)
+            (w,) = carried.weights
+            errors = errors_in_turn(k, v, w, carried.momentum, mix, solve, self.mm)
             gradients = Gradients((k,), (errors,))
         scales = tuple(s for w in carried.start if (s := rule.boundary.scale(w)) is not None)
         reads_own = rule.update == "token" and not rule.read_before
         return _Chunk(
             *self._folded(gradients, mix),
             weights=carried.weights if reads_own else anchor,
-            added=self._added(tiles, carried) if not rule.read_before else (),
+            added=self._added(carried, begun) if not rule.read_before else (),
             scales=scales if reads_own else (),
-            surprise=(self._surprise(gradients, anchor, tiles),) if self.watched else (),
+            surprise=(self._surprise(gradients, anchor, here),) if self.watched else (),
             starts=carried.start if rule.memory.tangent else (),
         )
 
-    def _gradients(self, anchor: Maps, tiles: _Tiles, n: int) -> Gradients:
+    def _gradients(self, anchor: Maps, here: _Here) -> Gradients:
         """Gradients of a chunk's tokens at the weights of its start."""
-        k, v, limit = tiles.k[n], tiles.v[n], _at(tiles.gates.limit, n)
+        k, v, limit = here.k, here.v, here.gates.limit
 
         def error(prediction: Tensor) -> Tensor:
             return self.rule.objective.error(prediction, v, limit)
 
         return self.rule.memory.gradients(anchor, k, v, self.head, error, self.mm)
 
-    def _surprise(self, gradients: Gradients, anchor: Maps, tiles: _Tiles) -> Tensor:
+    def _surprise(self, gradients: Gradients, anchor: Maps, here: _Here) -> Tensor:
         """Norm of each token's inner gradient over all maps, `[M, C]`."""
         pairs = zip(gradients.inputs, gradients.deltas, strict=True)
         squares = [x.square().sum(-1) * d.square().sum(-1) for x, d in pairs]
         if self.rule.memory.tangent:
             along = gradients.inputs[0] * self.mm(gradients.deltas[0], anchor[0].mT)
             squares.append(-along.square().sum(-1))
-        return torch.stack(squares).sum(0).clamp(min=0).sqrt()[:, -tiles.q.shape[2] :]
+        return torch.stack(squares).sum(0).clamp(min=0).sqrt()[:, -here.gates.step.shape[1] :]
 
-    def _added(self, tiles: _Tiles, carried: _Carried) -> Maps:
+    def _added(self, carried: _Carried, begun: bool) -> Maps:
         """What reads add to the weights: the momentum, or the steps so far if they are averaged."""
-        averaged = self.rule.update == "average" and tiles.begun
+        averaged = self.rule.update == "average" and begun
         return carried.pending if averaged else carried.momentum
 
     def _folded(self, gradients: Gradients, mix: Mixing) -> Gradients:
@@ -172,13 +180,12 @@ class _Engine:
         first = first * since if rest else first
         return Gradients((first, *rest), (*others, last * since))
 
-    def _advanced(
-        self, carried: _Carried, chunk: _Chunk, mix: Mixing, gates: TiledGates
-    ) -> _Carried:
+    def _advanced(self, carried: _Carried, chunk: _Chunk, here: _Here) -> _Carried:
         """The state after a chunk's tokens, before anything that happens at its end."""
+        mix = here.mix
         if self.rule.update != "token":
             pending = self._updated(carried.pending, chunk, mix.steps)
-            return carried._replace(pending=pending, sums=_summed(carried.sums, gates))
+            return carried._replace(pending=pending, sums=_summed(carried.sums, here.gates))
         momentum, kept, share = carried.momentum, _end(mix.weights), _end(mix.momentum)
         weights = self._updated(carried.weights, chunk, mix.steps, kept, momentum, share)
         if mix.fold is not None:
@@ -295,10 +302,16 @@ def _end(source: Source | None) -> Tensor | None:
     return None if source is None else source.end
 
 
-def _at(values: Nested, n: int) -> Nested:
-    """Entry n of every tensor of a nested tuple; None stays."""
-    entry: Nested = pytree.tree_map_only(Tensor, lambda x: x[n], values)
-    return entry
+def _unbound(values: Nested) -> Iterator[Nested]:
+    """A nested tuple for every chunk, from one of tensors with a row per chunk; None stays.
+
+    Entries taken one by one would each cost a tensor of zeros for all chunks in the backward pass.
+    """
+    leaves, spec = pytree.tree_flatten(values)
+    rows = (itertools.repeat(x) if x is None else x.unbind(0) for x in leaves)
+    for row in zip(*rows, strict=False):
+        entry: Nested = pytree.tree_unflatten(list(row), spec)
+        yield entry
 
 
 def _summed(sums: Maps, gates: TiledGates) -> Maps:
@@ -414,27 +427,40 @@ class _Call:
 
     def runs(self) -> Iterator[_Tiles]:
         """The tokens in runs of chunks, in order."""
-        chunk, tail, start = self.rule.chunk, self.rule.window - 1, 0
-        keys = [self._padded(x) for x in self._recent_and_now()]
-        for chunks, tokens in pieces(self.k.shape[1], self.offset, chunk):
-            widest = max(w.shape[-1] for w in self.state.weights)
-            memories = self.k.shape[0] * self.k.shape[2]
-            together = max(1, _RUN_NUMBERS // (memories * tokens * widest))
-            for first in range(0, chunks, together):
-                n = min(together, chunks - first)
-                stop, place = start + n * tokens, (self.offset + start) % chunk
-                part = slice(start, stop)
-                k, v = (to_overlapping_tiles(x[:, start : stop + tail], n, tail) for x in keys)
-                yield _Tiles(
-                    to_tiles(self.q[:, part], n),
-                    k,
-                    v,
-                    self._gates(part, n),
-                    None if self.slow.position is None else self.slow.position[place:][:tokens],
-                    begun=place > 0,
-                    ends=place + tokens == chunk,
-                )
-                start = stop
+        rule, position = self.rule, self.slow.position
+        widest = max(w.shape[-1] for w in self.state.weights)
+        most = _RUN_NUMBERS // (self.k.shape[0] * self.k.shape[2] * widest)
+        cuts = pieces(self.k.shape[1], self.offset, rule.chunk, most)
+        sizes, place = [n * tokens for n, tokens in cuts], self.offset
+        gates = [None if g is None else g.split(sizes, 1) for g in self._gates()]
+        keys = [self._parts(x, sizes) for x in self._recent_and_now()]
+        for i, (q, (n, tokens)) in enumerate(zip(self.q.split(sizes, 1), cuts, strict=True)):
+            k, v = (to_overlapping_tiles(x[i], n, rule.window - 1) for x in keys)
+            yield _Tiles(
+                to_tiles(q, n),
+                k,
+                v,
+                self._tiled([None if g is None else g[i] for g in gates], n),
+                None if position is None else position[place:][:tokens],
+                begun=place > 0,
+                ends=place + tokens == rule.chunk,
+            )
+            place = (place + n * tokens) % rule.chunk
+
+    def _tiled(self, gates: list[Tensor | None], n: int) -> TiledGates:
+        step, *others = (None if g is None else to_tiles(g, n) for g in gates)
+        assert step is not None
+        return TiledGates(step, *others)
+
+    def _parts(self, x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+        """Keys or values of each run, after those that its window sees before it."""
+        tail = self.rule.window - 1
+        if not tail:
+            return x.split(sizes, 1)  # unlike slices, one copy in the backward pass
+        missing = tail + self.k.shape[1] - x.shape[1]  # before the first token: zeros
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, missing, 0))
+        stops = list(itertools.accumulate(sizes))
+        return [x[:, stop - size : stop + tail] for size, stop in zip(sizes, stops, strict=True)]
 
     def _recent_and_now(self) -> tuple[Tensor, Tensor]:
         """Keys and values, those that the window still sees first."""
@@ -443,21 +469,10 @@ class _Call:
         k, v = self.state.recent
         return torch.cat([k, self.k.to(k.dtype)], 1), torch.cat([v, self.v.to(v.dtype)], 1)
 
-    def _padded(self, x: Tensor) -> Tensor:
-        """Zeros where the window reaches before the first token; their gradients are zero."""
-        missing = self.rule.window - 1 + self.k.shape[1] - x.shape[1]
-        return torch.nn.functional.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x
-
-    def _gates(self, part: slice, chunks: int) -> TiledGates:
+    def _gates(self) -> list[Tensor | None]:
+        """The gates as `[B, T, H, .]`, in the order of `TiledGates`."""
         dtype = self.state.weights[0].dtype
-
-        def tiled(gate: Tensor | None) -> Tensor | None:
-            if gate is None:
-                return None
-            return to_tiles(gate[:, part].to(dtype), chunks)
-
         step, log_keep, log_momentum, window, limit = self.gates
         momentum = None if log_momentum is None else log_momentum[..., None]
-        first = tiled(step)
-        assert first is not None
-        return TiledGates(first, tiled(log_keep), tiled(momentum), tiled(window), tiled(limit))
+        gates = (step, log_keep, momentum, window, limit)
+        return [None if gate is None else gate.to(dtype) for gate in gates]

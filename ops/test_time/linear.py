@@ -36,7 +36,7 @@ def _rows(a: Tensor, b: Tensor) -> Tensor:
 
 def _whole(a: Tensor, b: Tensor) -> Tensor:
     """Product of whole matrices, `[M, 1, 1]`."""
-    return torch.bmm(a.flatten(1)[:, None], b.flatten(1)[..., None])
+    return (a * b).sum((-2, -1), keepdim=True)
 
 
 def _counted(x: Tensor, count: Tensor | None) -> Tensor:
@@ -66,37 +66,47 @@ class _Read(torch.autograd.Function):
         if from_s is not None:
             z = z.add_(from_s) if of_s is None else z.addcmul_(from_s, of_s)
         _plus(z, scores * mix, d, dtype, -1)
-        ctx.save_for_backward(y, x, d, mix, w, of_w, s, of_s, scores)
+        narrow = None if _narrow_in(w) else from_w, None if _narrow_in(w) else from_s
+        ctx.save_for_backward(y, x, d, mix, w, of_w, s, of_s, scores, *narrow)
         ctx.dtype = dtype
         return z
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-        y, x, d, mix, w, of_w, s, of_s, scores = ctx.saved_tensors
+        y, x, d, mix, w, of_w, s, of_s, scores, from_w, from_s = ctx.saved_tensors
         dtype: torch.dtype = ctx.dtype
         dmixed = product(dz, d.mT, dtype).neg_()
         dmix, dscores = dmixed * scores, dmixed.mul_(mix)
         dx, dd = product(dscores.mT, y, dtype), product((scores * mix).mT, dz, dtype).neg_()
         dy = product(dscores, x, dtype)
-        dof_w, dw = _read_back(y, w, of_w, dz, dy, dtype)
+        dof_w, dw = _read_back(y, w, of_w, from_w, dz, dy, dtype)
         ds = dof_s = None
         if s is not None:
-            dof_s, ds = _read_back(y, s, of_s, dz, dy, dtype)
+            dof_s, ds = _read_back(y, s, of_s, from_s, dz, dy, dtype)
         return None, dy, dx, dd, dmix, dw, dof_w, ds, dof_s
 
 
 def _read_back(
-    y: Tensor, w: Tensor, count: Tensor | None, dz: Tensor, dy: Tensor, dtype: torch.dtype
+    y: Tensor,
+    w: Tensor,
+    count: Tensor | None,
+    read: Tensor | None,
+    dz: Tensor,
+    dy: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradients of the count and the weights from that of `count * (y W)`; adds to that of y."""
+    """Gradients of the count and the weights from that of `count * (y W)`; adds to that of y.
+
+    `read` is `y W`, kept where the output is the narrower side.
+    """
     if count is None:
         _plus(dy, dz, w.mT, dtype)
         return None, product(y.mT, dz, dtype)
-    if not _narrow_in(w):  # the narrower side carries the count
+    if read is not None:
         counted = dz * count
         _plus(dy, counted, w.mT, dtype)
-        return _rows(dz, product(y, w, dtype)), product(y.mT, counted, dtype)
+        return _rows(dz, read), product(y.mT, counted, dtype)
     back = product(dz, w.mT, dtype)
     dcount = _rows(y, back)
     dy.addcmul_(back, count)

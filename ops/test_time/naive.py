@@ -145,7 +145,7 @@ class _Loop:
 
     def _inner_gradient(self, anchor: Weights, k: Tensor, v: Tensor, gates: Gates) -> Weights:
         limit = None if gates.limit is None else gates.limit[..., None]
-        outer = torch.is_grad_enabled()
+        outer = torch.is_grad_enabled() and any(x.requires_grad for x in (*anchor, k, v))
         with torch.enable_grad():
             leaves = tuple(w if w.requires_grad else w.detach().requires_grad_() for w in anchor)
             predicted, error = self._prediction(leaves, k, v, limit)

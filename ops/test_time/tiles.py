@@ -29,8 +29,14 @@ def memories_of(x: Tensor, batch: int) -> Tensor:
     return x.expand(batch, *x.shape).flatten(0, 1)
 
 
-def pieces(tokens: int, offset: int, chunk: int) -> list[tuple[int, int]]:
+def pieces(tokens: int, offset: int, chunk: int, most: int) -> list[tuple[int, int]]:
     """How to process T tokens of which the first stands at `offset` in its chunk.
+
+    Args:
+        tokens: T.
+        offset: tokens of the first chunk that came before.
+        chunk: C.
+        most: tokens to process together, if that is a chunk or more.
 
     Returns:
         (number of chunks, tokens in each) of consecutive runs: the rest of a chunk that was begun,
@@ -38,5 +44,6 @@ def pieces(tokens: int, offset: int, chunk: int) -> list[tuple[int, int]]:
     """
     rest = min(tokens, -offset % chunk)
     whole, left = divmod(tokens - rest, chunk)
-    runs = [(1, rest), (whole, chunk), (1, left)]
-    return [(n, c) for n, c in runs if n * c]
+    together = max(1, most // chunk)
+    groups = [(min(together, whole - i), chunk) for i in range(0, whole, together)]
+    return [(n, c) for n, c in [(1, rest), *groups, (1, left)] if c]

@@ -23,6 +23,7 @@ SMALL_TASK = {
     "mqar_paper": SMALL_MQAR,
     "mqar_hard": SMALL_MQAR,
     "mqar_mix": (),
+    "needle_mix": (),
     "needle": SMALL_NEEDLE,
     "needle_number": SMALL_NEEDLE,
     "text": ("task.seq_len=32", "task.batch_size=2"),

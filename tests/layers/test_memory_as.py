@@ -83,7 +83,7 @@ def context_by_hand(layer, inputs):
         recalled = layer.memory.recall(layer.query_proj(segment), memory)
         y = attended_by_hand(layer, recalled, segment)
         m, memory, _ = layer.memory(y, memory)
-        outputs.append(layer.out_proj(gated_by_hand(layer.gate, y, m)))
+        outputs.append(gated_by_hand(layer.gate, y, m))
         attended.append(y)
     return torch.cat(outputs, 1), torch.cat(attended, 1), memory
 
@@ -193,7 +193,7 @@ def windowed_by_hand(layer, inputs):
 def test_gate_is_the_papers_equations():
     layer = build(MemoryAsGate)
     gated = gated_by_hand(layer.gate, layer.attention(x()).y, windowed_by_hand(layer, x()))
-    assert_close(layer(x()).y, layer.out_proj(gated), "output")
+    assert_close(layer(x()).y, gated, "output")
 
 
 def test_layer_is_attention_over_what_the_memory_answers():
