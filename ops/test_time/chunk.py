@@ -121,9 +121,7 @@ class _Engine:
             carried = self._advanced(carried, chunk, here)
             if tiles.ends:
                 carried = self._ended(carried, here.mix)
-        whole = _Chunk(
-            *(_each(lambda *x: torch.cat(x), *field) for field in zip(*chunks, strict=True))
-        )
+        whole = _Chunk(*(_each(_joined, *field) for field in zip(*chunks, strict=True)))
         surprise = whole.surprise[0].view(tiles.q.shape[:3]) if self.watched else None
         return self._answers(tiles.q, whole, mix), surprise, carried
 
@@ -300,6 +298,10 @@ class _Engine:
 
 def _end(source: Source | None) -> Tensor | None:
     return None if source is None else source.end
+
+
+def _joined(*x: Tensor) -> Tensor:
+    return x[0] if len(x) == 1 else torch.cat(x)
 
 
 def _unbound(values: Nested) -> Iterator[Nested]:
