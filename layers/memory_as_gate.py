@@ -39,8 +39,8 @@ class MemoryAsGate(_MemoryWithWindow):
 
     State: that of the memory, and of sliding-window attention (`layers/softmax_attention.py`).
 
-    Where the paper is silent: the gate is that of `BranchGate`. Persistent tokens start with unit variance,
-    which is the scale of the normalised input that they are put before, and carry no position.
+    Where the paper is silent: the gate is that of `BranchGate`. Persistent tokens start with unit
+    variance, the scale of the normalised input that they are put before, and carry no position.
 
     Raises:
         ValueError: sizes that attention or the memory refuses.

@@ -131,7 +131,7 @@ class PolynomialFeatures(nn.Module):
     """
 
     index: Tensor
-    root: Tensor
+    multinomial: Tensor
     order: Tensor
 
     def __init__(self, width: int, degree: int) -> None:
@@ -144,7 +144,7 @@ class PolynomialFeatures(nn.Module):
         ]
         padded = [[*m, *[width] * (degree - len(m))] for m in monomials]  # `width` is a one
         self.register_buffer("index", torch.tensor(padded), persistent=False)
-        self.register_buffer("root", torch.tensor(multinomials).sqrt(), persistent=False)
+        self.register_buffer("multinomial", torch.tensor(multinomials), persistent=False)
         order = torch.tensor([len(m) for m in monomials])
         self.register_buffer("order", order, persistent=False)
         start = torch.tensor([factorial(i) ** -0.5 for i in range(degree + 1)])
@@ -153,5 +153,6 @@ class PolynomialFeatures(nn.Module):
     def forward(self, x: Float[Tensor, "b t h k"]) -> Float[Tensor, "b t h f"]:
         """The features of each vector."""
         with_one = nn.functional.pad(x, (0, 1), value=1.0)
-        scale = self.root.to(x.dtype) * self.coefficients.to(x.dtype)[self.order]
+        root = self.multinomial.to(x.dtype).sqrt()
+        scale = root * self.coefficients.to(x.dtype)[self.order]
         return with_one[..., self.index].prod(-1) * scale

@@ -93,8 +93,7 @@ def gated_by_hand(gate, y, m):
         return norm.weight * t / (t.square().mean(-1, keepdim=True) + norm_eps).sqrt()
 
     norm_eps = torch.finfo(torch.float64).eps
-    gating = normalised(m, gate.memory_norm)
-    return normalised(y, gate.attention_norm) * gating * gating.sigmoid()
+    return (1 + normalised(y, gate.attention_norm)) * (1 + normalised(m, gate.memory_norm)) - 1
 
 
 def test_recall_is_forward_without_decay_writing_and_convolution():
