@@ -16,7 +16,7 @@ from layers.protocol import require_at_least
 from ops.test_time import Boundary
 
 NORMALIZED_STEP = 0.5  # of 1/16, 0.25, 0.5 and 1 the largest at which MQAR is learnt fastest
-MAX_CHUNK_DECAY = 60.0  # nats a channel may lose in a chunk: the inverse must stay finite in fp32
+MAX_CHUNK_DECAY = 30.0  # nats a channel may lose in a chunk: the inverse's square must fit fp32
 
 
 @dataclass(frozen=True)

@@ -171,9 +171,9 @@ class _Engine:
 
     def _folded(self, gradients: Gradients, mix: Mixing) -> Gradients:
         """Gradients as seen from the chunk's start, where channels decay at different rates."""
-        if mix.fold is None:
+        if mix.log_fold is None:
             return gradients
-        since, (*others, last) = mix.fold.reciprocal(), gradients.deltas
+        since, (*others, last) = mix.log_fold.neg().exp(), gradients.deltas
         first, *rest = gradients.inputs
         first = first * since if rest else first
         return Gradients((first, *rest), (*others, last * since))
@@ -186,8 +186,8 @@ class _Engine:
             return carried._replace(pending=pending, sums=_summed(carried.sums, here.gates))
         momentum, kept, share = carried.momentum, _end(mix.weights), _end(mix.momentum)
         weights = self._updated(carried.weights, chunk, mix.steps, kept, momentum, share)
-        if mix.fold is not None:
-            whole, (*first, last) = mix.fold[:, -1:], weights
+        if mix.log_fold is not None:
+            whole, (*first, last) = mix.log_fold[:, -1:].exp(), weights
             weights = (*(w * whole.mT for w in first), last * whole)
         if mix.impulses is not None:
             momentum = self._updated(momentum, chunk, mix.impulses, mix.decay)
@@ -258,7 +258,7 @@ class _Engine:
             z = self._causal(layer, y.flatten(0, 1), chunk, mix)
             return (z * chunk.scales[layer] if chunk.scales else z).view(*y.shape[:-1], -1)
 
-        memory, fold = self.rule.memory, mix.fold
+        memory, fold = self.rule.memory, None if mix.log_fold is None else mix.log_fold.exp()
         if self.rule.read_before:
             return memory.apply(start, q, self.head)
         if fold is None:

@@ -50,7 +50,7 @@ class Mixing(NamedTuple):
             averaged; None without.
         impulses: what each gradient counts for in the momentum, `[N, M, R, 1]`.
         decay: what the momentum before counts for in the momentum, `[N, M, 1, 1]`.
-        fold: decays per channel since the chunk's start, `[N, M, C, V]`, where they differ.
+        log_fold: log decays per channel since the chunk's start, `[N, M, C, V]`, where they differ.
     """
 
     reads: Tensor | None
@@ -59,7 +59,7 @@ class Mixing(NamedTuple):
     momentum: Source | None = None
     impulses: Tensor | None = None
     decay: Tensor | None = None
-    fold: Tensor | None = None
+    log_fold: Tensor | None = None
 
 
 def mixing(rule: Rule, gates: TiledGates, position: Tensor | None) -> Mixing:
@@ -113,7 +113,7 @@ def _per_channel(gates: TiledGates) -> Mixing:
     assert gates.log_keep is not None
     tokens = gates.step.shape[-2]
     reads = gates.step.mT.expand(*gates.step.shape[:2], tokens, tokens).tril()
-    return Mixing(reads, gates.step, fold=gates.log_keep.cumsum(-2).exp())
+    return Mixing(reads, gates.step, log_fold=gates.log_keep.cumsum(-2))
 
 
 def _summed(rule: Rule, gates: TiledGates) -> Tensor:

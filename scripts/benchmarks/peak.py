@@ -5,24 +5,34 @@ above what was resident before the call.
 """
 
 import importlib
-import resource
+import subprocess
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 
-def resident() -> float:
-    """MiB of resident memory now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+
+def peak_memory(module: str, name: str, number: int) -> float:
+    """MiB that one call takes at its peak, measured in a process of its own."""
+    command = [sys.executable, "-m", "scripts.benchmarks.peak", module, name, str(number)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def resident(line: str) -> float:
+    """MiB of resident memory: now (VmRSS), or at this program's peak (VmHWM); Linux only."""
+    status = Path("/proc/self/status").read_text()
+    (kib,) = (row.split()[1] for row in status.splitlines() if row.startswith(line))
+    return int(kib) / 2**10
 
 
 def main(module: str, name: str, number: str) -> None:
     """Make the call and print its peak."""
     call = importlib.import_module(module).step(name, int(number))
-    before = resident()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = resident("VmRSS")
     call()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    print(max(0.0, peak - before))
+    print(resident("VmHWM") - before)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """Speed and memory of a Titans memory against titans-pytorch, and as a share of the product rate.
 
-Both are whole layers of the same sizes: projections, a two-layer memory of four times the width,
-momentum and forgetting. titans-pytorch takes all gradients at the initial weights by default,
-decides decay and momentum once per chunk and reads once per chunk, so it does less; with its
-batch_size equal to the chunk it refreshes the weights every chunk, as ours does.
+Both are whole layers of the same sizes and parts: projections, a two-layer memory of four times the
+width, momentum and forgetting; ours without its convolution and output gate, unless it says so.
+titans-pytorch takes all gradients at the initial weights by default, decides decay and momentum once
+per chunk and reads once per chunk, so it does less; with its batch_size equal to the chunk it
+refreshes the weights every chunk, as ours does.
 """
 
 import argparse
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layers import TestTimeMemory
+from layers import Features, TestTimeMemory
 from ops import OPS
 from ops.test_time import Rule
 from scripts.benchmarks import measure
+from scripts.benchmarks.peak import peak_memory
 
 BATCH, LENGTH, WIDTH, HEADS = 2, 1024, 256, 4
 CHUNKS = (64, 16)
-PEERS = ("ours", "ours in bf16", "theirs", "theirs, refreshed", "theirs, refreshed, step 0.1")
+PEERS = (
+    "ours",
+    "ours, bf16",
+    "ours, all parts",
+    "theirs",
+    "theirs, refreshed",
+    "theirs, refreshed, step 0.1",
+)
 PASSES = 3  # a forward and a backward pass, in products of a forward pass
 
 
 def layer(peer: str, chunk: int) -> nn.Module:
     """One of `PEERS` with default initial weights."""
     torch.manual_seed(0)
-    if peer.startswith("ours"):
+    if peer == "ours, all parts":
         return TestTimeMemory(WIDTH, heads=HEADS, chunk_size=chunk)
+    if peer.startswith("ours"):
+        alone = Features(conv_size=1, silu=False)
+        return TestTimeMemory(
+            WIDTH,
+            heads=HEADS,
+            chunk_size=chunk,
+            features=alone,
+            output_gate=False,
+            recompute="recomputed" in peer,
+        )
     from titans_pytorch import MemoryMLP, NeuralMemory  # type: ignore[import-untyped]
 
     options: dict[str, Any] = {"default_step_transform_max_lr": 0.1} if "step" in peer else {}
@@ -80,14 +97,6 @@ def op_step(chunk: int) -> tuple[Callable[[], None], float]:
     return call, PASSES * op.flops(inputs)
 
 
-def peak_memory(peer: str, chunk: int) -> float:
-    """MiB that one forward and backward pass takes at its peak, in a process of its own."""
-    command = [sys.executable, "-m", "scripts.benchmarks.peak", __name__, peer, str(chunk)]
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
-
-
 def run(arguments: list[str]) -> None:
     """Parse the benchmark's own options, measure, print, and write rows if asked."""
     parser = argparse.ArgumentParser(prog="bench.py test_time", description=__doc__)
@@ -106,7 +115,7 @@ def run(arguments: list[str]) -> None:
     times = measure.interleaved(calls, rounds)
     rate = product_flops / statistics.median(times["product"])
     rows = [
-        _row(peer, chunk, times, finite[peer, chunk], peak_memory(peer, chunk))
+        _row(peer, chunk, times, finite[peer, chunk], peak_memory(__name__, peer, chunk))
         for chunk in CHUNKS
         for peer in PEERS
     ]

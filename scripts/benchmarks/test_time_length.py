@@ -2,8 +2,6 @@
 
 import argparse
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 
 from layers import TestTimeMemory, detach_state, state_tensors
 from scripts.benchmarks import measure
+from scripts.benchmarks.peak import peak_memory
 
 BATCH, WIDTH, HEADS, CHUNK = 1, 128, 2, 64
 LENGTHS = (1024, 4096, 16384, 65536)
@@ -62,14 +61,6 @@ def decoding(length: int) -> Callable[[], None]:
     return calls
 
 
-def peak_memory(kind: str, length: int) -> float:
-    """MiB that one forward and backward pass takes at its peak, in a process of its own."""
-    command = [sys.executable, "-m", "scripts.benchmarks.peak", __name__, kind, str(length)]
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
-
-
 def run(arguments: list[str]) -> None:
     """Parse the benchmark's own options, measure, print, and write rows if asked."""
     parser = argparse.ArgumentParser(prog="bench.py test_time_length", description=__doc__)
@@ -98,7 +89,7 @@ def _row(kind: str, length: int, times: dict[Any, list[float]]) -> dict[str, Any
         "kind": kind,
         "length": length,
         "microseconds_per_token": 1e6 * statistics.median(seconds) / tokens,
-        "peak_mib": None if kind == "decode" else peak_memory(kind, length),
+        "peak_mib": None if kind == "decode" else peak_memory(__name__, kind, length),
         "spread": measure.spread(seconds),
     }
 
