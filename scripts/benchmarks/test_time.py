@@ -2,8 +2,8 @@
 
 Both are whole layers of the same sizes and parts: projections, a two-layer memory of four times the
 width, momentum and forgetting; ours without its convolution and output gate, unless it says so.
-titans-pytorch takes all gradients at the initial weights by default, decides decay and momentum once
-per chunk and reads once per chunk, so it does less; with its batch_size equal to the chunk it
+titans-pytorch takes all gradients at the initial weights by default, decides decay and momentum
+once per chunk and reads once per chunk, so it does less; with its batch_size equal to the chunk it
 refreshes the weights every chunk, as ours does.
 """
 
@@ -26,6 +26,7 @@ BATCH, LENGTH, WIDTH, HEADS = 2, 1024, 256, 4
 CHUNKS = (64, 16)
 PEERS = (
     "ours",
+    "ours, recomputed",
     "ours, bf16",
     "ours, all parts",
     "theirs",

@@ -132,6 +132,23 @@ def test_steps_are_bounded_whatever_the_token_says(options, largest):
     assert step.max() > 0.9 * largest
 
 
+@pytest.mark.parametrize("memory", [MLP(), Matrix()], ids=["mlp", "matrix"])
+def test_channels_may_forget_all_within_a_chunk(memory):
+    """Their decays fold into factors that grow as fast; in fp32 the gradient must survive that."""
+    torch.manual_seed(0)
+    layer = TestTimeMemory(
+        32,
+        heads=2,
+        memory=memory,
+        retention=Retention("channel", bias=20.0),
+        learner=Learner(momentum=False),
+    )
+    y = layer(torch.randn(2, 64, 32)).y
+    y.square().sum().backward()
+    assert y.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
 def test_memory_writes_and_answers():
     """Shown the same pair again and again, the memory learns it; its surprise falls."""
     torch.manual_seed(0)
