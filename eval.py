@@ -3,7 +3,7 @@
 The run's own task is the default; `task=NAME` chooses another and `task.option=value` changes
 either. Other options, in configs/eval.yaml, are `lengths=[1,4,16]` (multiples of the task's
 length), `carry=[false,true]` (start every block afresh, or go on from the state of the last),
-`split=test` and `checkpoint=best`.
+`split=test`, `checkpoint=best` and `telemetry=1000` (show which tokens surprised the memories).
 """
 
 import sys

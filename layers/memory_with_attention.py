@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from layers.protocol import Layer, Recipe, State, select_state
 from layers.softmax_attention import KVCache, SoftmaxAttention
+from layers.telemetry import unrecorded
 
 
 class BranchGate(nn.Module):
@@ -80,4 +81,5 @@ class _MemoryWithWindow(Layer):
             return self.memory.init_state(batch_size)
         one = torch.stack([tokens])  # no view: without gradients, FLOP counting trips over views
         rows = torch.zeros(batch_size, dtype=torch.long, device=tokens.device)
-        return select_state(self.memory(one).state, rows)
+        with unrecorded():
+            return select_state(self.memory(one).state, rows)

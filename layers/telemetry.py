@@ -4,9 +4,8 @@
         model(tokens)
     record.by_layer(model)["blocks.1.parts.0.parts.0"]["surprise"]  # [B, T, H]
 
-A report has one row per token, NaN where a layer has no value for it. A layer that reads other
-tokens before the first (persistent tokens before the sequence, in `init_state`) reports those too:
-make the initial state outside the block to leave them out.
+A report has one row per token, NaN where a layer has no value for it. What a layer reads before the
+first token (persistent tokens, in `init_state`) is no part of it.
 """
 
 from collections.abc import Iterator
@@ -41,6 +40,16 @@ class Record:
 
 
 _active: ContextVar[Record | None] = ContextVar("_active", default=None)
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Leaves what happens inside the block out of any record: it is no part of the sequence."""
+    token = _active.set(None)
+    try:
+        yield
+    finally:
+        _active.reset(token)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from ops.test_time.tiles import from_tiles, memories_of, pieces, to_overlapping_
 
 # Numbers in the widest tensor of a run: enough chunks a call to hide its overhead, few enough to
 # stay in cache.
-_RUN_NUMBERS = 2**19
+_RUN_NUMBERS = 2**17
 
 Watch = Callable[[str, Tensor], None]
 Nested = TypeVar("Nested")

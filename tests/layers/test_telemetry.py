@@ -47,6 +47,13 @@ def test_pieces_report_what_the_whole_reports(model):
         torch.testing.assert_close(norm[:, -1], named["memory_norm"][:, -1], rtol=1e-4, atol=1e-5)
 
 
+def test_persistent_tokens_are_no_part_of_the_record(model):
+    with torch.no_grad(), recording() as record:
+        model(torch.randint(11, (3, 7)))
+    for named in record.by_layer(model).values():
+        assert named["surprise"].shape == (3, 7, 2)
+
+
 def test_the_norm_is_that_of_the_weights_of_each_head():
     layer = TestTimeMemory(8, heads=2)
     with recording() as record:
