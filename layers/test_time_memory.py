@@ -46,7 +46,7 @@ from ops.test_time import (
 )
 
 KEEP_RANK = 32  # of the map that makes a decay per channel, as in Miras (arXiv 2504.13173)
-LIMIT_BIAS = 0.5413  # softplus of it is 1
+LIMIT_BIAS = 0.5413  # softplus of it is 1: errors are limited to a root mean square of 1 at first
 
 
 class TestTimeState(NamedTuple):
@@ -349,7 +349,7 @@ class TestTimeMemory(Memory):
             log_keep=keep,
             log_momentum=gate("momentum", lambda z: F.logsigmoid(z)[..., 0]),
             window=gate("window", torch.sigmoid),
-            limit=gate("limit", F.softplus),
+            limit=gate("limit", lambda z: F.softplus(z) * self.value_dim**0.5),
         )
 
     def _slow(self) -> Slow:
