@@ -209,6 +209,7 @@ class TestTimeMemory(Memory):
             boundary=retention.boundary,
             chunk=chunk_size,
             update=learner.update,
+            decay=retention.gate,
             anchor=learner.anchor,
             momentum=learner.momentum,
             orthogonal=learner.orthogonal,
@@ -288,7 +289,7 @@ class TestTimeMemory(Memory):
         """Initial weights of each head, and the layer norm inside the memory."""
         width = self.features.width(self.key_dim)
         shapes = memory.shapes(width, self.value_dim)
-        stds = initial_stds(shapes, normalized=memory.norm, unit_keys=self.features.normalize)
+        stds = initial_stds(memory, width, self.value_dim, unit_keys=self.features.normalize)
         spread = self.rule.boundary.spread
         self.initial = nn.ParameterList(
             torch.randn(self.heads, *shape) * (std if spread is None else spread)
@@ -337,7 +338,7 @@ class TestTimeMemory(Memory):
             return function(present[name]) if name in present else None
 
         rule = self.rule
-        most = self.learner.largest_step(rule.chunk, normalized=rule.memory.norm)
+        most = self.learner.largest_step(rule.chunk, rule.memory, self.value_dim)
         step = most * parts["step"].sigmoid()
         keep = gate("keep", lambda z: -F.softplus(z))
         if self.keep_proj is not None:

@@ -13,8 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from layers.protocol import require_at_least
-from ops.test_time import Boundary
+from ops.test_time import MLP, Boundary, MemoryNetwork
+from ops.test_time.choices import require_one_of
 
+DEEP_STEP = 0.002  # with maps between hidden layers: 0.01 and more is chaotic at initialisation
 NORMALIZED_STEP = 0.5  # of 1/16, 0.25, 0.5 and 1 the largest at which MQAR is learnt fastest
 MAX_CHUNK_DECAY = 30.0  # nats a channel may lose in a chunk: the inverse's square must fit fp32
 
@@ -44,6 +46,7 @@ class Features:
     def __post_init__(self) -> None:
         """Checks the sizes."""
         require_at_least(1, conv_size=self.conv_size, degree=self.degree)
+        require_one_of((None, "sequence", "chunk"), rope=self.rope)
 
     def width(self, key: int) -> int:
         """Features of a key of that width."""
@@ -57,7 +60,8 @@ class Retention:
     Args:
         gate: "head" (default): alpha_t = sigmoid(w . x_t + b) per head, `W <- (1 - alpha_t) W`;
             "channel": one per value channel, from a map of rank 32, acting on the inputs of the
-            first linear map and the outputs of the last; "none".
+            first linear map and the outputs of the last; at most 30 / chunk_size nats a token, as
+            their inverses must be finite; "none".
         bias: b; default -4, which forgets 2 % a token to begin with.
         boundary: map of the weights where chunks meet; default none.
     """
@@ -73,8 +77,9 @@ class Learner:
 
     Args:
         max_step: largest step of a token; default None: 0.5 for a memory that ends in a layer norm,
-            which bounds what any step can do; else 1 / chunk_size, with which no chunk of unit keys
-            overshoots in a linear memory, or 1 where errors are taken token by token.
+            which bounds what any step can do (0.002 from depth 3 on); 1 where errors are taken
+            token by token; else 1 / chunk_size, with which no chunk of unit keys overshoots in a
+            linear memory without momentum (momentum eta multiplies steps by up to 1 / (1 - eta)).
         step_bias: b; default 0.
         step_per_map: a step for each linear map (update="chunk" only); default False.
         momentum: eta_t = sigmoid(w . x_t + b) per head; default True.
@@ -104,13 +109,16 @@ class Learner:
         if self.step_per_map and (self.update != "chunk" or self.window > 1):
             raise ValueError("step_per_map needs update='chunk' and window=1")
 
-    def largest_step(self, chunk_size: int, *, normalized: bool) -> float:
-        """`max_step`, or its default for a memory that ends in a layer norm or not."""
+    def largest_step(self, chunk_size: int, memory: MemoryNetwork, value: int) -> float:
+        """`max_step`, or its default for a memory of values of that width."""
         if self.max_step is not None:
             return self.max_step
         if self.anchor == "token":
             return 1.0
-        return NORMALIZED_STEP if normalized else 1.0 / chunk_size
+        if not memory.norm:
+            return 1.0 / chunk_size
+        deep = isinstance(memory, MLP) and memory.depth > 2
+        return DEEP_STEP if deep else NORMALIZED_STEP
 
 
 def _monomials(width: int, degree: int) -> list[tuple[int, ...]]:

@@ -21,35 +21,46 @@ BEGUN = 3  # tokens before the first, so that calls start inside a chunk
 
 
 @dataclass(frozen=True)
-class _Regime:
+class Regime:
+    """A rule, and the gates it is run with."""
+
     rule: Rule
-    decay: str = "head"  # or "channel", "none", "strong"
+    bias: float = -5.0  # of what is forgotten; 10 forgets nearly all
     still: bool = False  # steps of zero
 
 
-REGIMES: dict[str, _Regime] = {
-    "typical": _Regime(Rule()),
-    "no_decay": _Regime(Rule(momentum=False), "none"),
-    "strong_decay": _Regime(Rule(memory=MLP(norm=False)), "strong"),
-    "zero_step": _Regime(Rule(), still=True),
-    "chunk_of_one": _Regime(Rule(chunk=1, momentum=False)),
-    "matrix": _Regime(Rule(memory=Matrix())),
-    "exact": _Regime(Rule(memory=Matrix(), anchor="token")),
-    "exact_no_momentum": _Regime(Rule(memory=Matrix(), anchor="token", momentum=False, chunk=6)),
-    "exact_strong_decay": _Regime(Rule(memory=Matrix(), anchor="token"), "strong"),
-    "linear_attention": _Regime(
-        Rule(memory=Matrix(), objective=DotProduct(), momentum=False), "none"
+REGIMES: dict[str, Regime] = {
+    "typical": Regime(Rule()),
+    "no_decay": Regime(Rule(momentum=False, decay="none")),
+    "strong_decay": Regime(Rule(memory=MLP(norm=False)), bias=10.0),
+    "zero_step": Regime(Rule(), still=True),
+    "chunk_of_one": Regime(Rule(chunk=1, momentum=False)),
+    "matrix": Regime(Rule(memory=Matrix())),
+    "exact": Regime(Rule(memory=Matrix(), anchor="token")),
+    "exact_no_momentum": Regime(Rule(memory=Matrix(), anchor="token", momentum=False, chunk=6)),
+    "exact_strong_decay": Regime(Rule(memory=Matrix(), anchor="token"), bias=10.0),
+    "linear_attention": Regime(
+        Rule(memory=Matrix(), objective=DotProduct(), momentum=False, decay="none")
     ),
-    "depth_4": _Regime(
-        Rule(memory=MLP(depth=4, expand=2, activation="silu"), chunk=7, momentum=False), "none"
+    "depth_4": Regime(
+        Rule(
+            memory=MLP(depth=4, expand=2, activation="silu"),
+            chunk=7,
+            momentum=False,
+            decay="none",
+        )
     ),
-    "no_norm": _Regime(Rule(memory=MLP(norm=False))),
-    "biases": _Regime(Rule(memory=MLP(bias=True, residual=False))),
-    "swiglu": _Regime(Rule(memory=SwiGLU(residual=True, norm=True))),
-    "read_before": _Regime(Rule(read_before=True)),
-    "averaged": _Regime(Rule(memory=MLP(depth=1, bias=True), update="average", momentum=False)),
-    "averaged_before": _Regime(Rule(update="average", momentum=False, read_before=True)),
-    "once_a_chunk": _Regime(
+    "no_norm": Regime(Rule(memory=MLP(norm=False))),
+    "biases": Regime(Rule(memory=MLP(bias=True, residual=False))),
+    "swiglu": Regime(Rule(memory=SwiGLU(residual=True, norm=True))),
+    "read_before": Regime(Rule(read_before=True)),
+    "averaged": Regime(
+        Rule(memory=MLP(depth=1, bias=True), update="average", momentum=False, decay="none")
+    ),
+    "averaged_before": Regime(
+        Rule(update="average", momentum=False, decay="none", read_before=True)
+    ),
+    "once_a_chunk": Regime(
         Rule(
             memory=SwiGLU(),
             objective=DotProduct(),
@@ -58,22 +69,22 @@ REGIMES: dict[str, _Regime] = {
             read_before=True,
         )
     ),
-    "muon": _Regime(
+    "muon": Regime(
         Rule(update="chunk", orthogonal=True, outer_step=True, read_before=True, window=3, chunk=32)
     ),
-    "lp": _Regime(Rule(objective=LpError(), boundary=LqNorm(), momentum=False)),
-    "huber": _Regime(Rule(objective=Huber("sign"), momentum=False), "channel"),
-    "clip_matrix": _Regime(
-        Rule(memory=Matrix(), objective=Huber("clip"), momentum=False), "channel"
+    "lp": Regime(Rule(objective=LpError(), boundary=LqNorm(), momentum=False)),
+    "huber": Regime(Rule(objective=Huber("sign"), momentum=False, decay="channel")),
+    "clip_matrix": Regime(
+        Rule(memory=Matrix(), objective=Huber("clip"), momentum=False, decay="channel")
     ),
-    "softmax": _Regime(Rule(boundary=Softmax(4.0), momentum=False, read_before=True)),
-    "slots_decode": _Regime(Rule(memory=Slots(5), boundary=UnitSlots(), momentum=False)),
-    "slots_encode": _Regime(Rule(memory=Slots(5, "encode"), boundary=UnitSlots())),
-    "slots_similarity": _Regime(
-        Rule(memory=Slots(5, "similarity"), boundary=UnitSlots(), momentum=False), "none"
+    "softmax": Regime(Rule(boundary=Softmax(4.0), momentum=False, read_before=True)),
+    "slots_decode": Regime(Rule(memory=Slots(5), boundary=UnitSlots(), momentum=False)),
+    "slots_encode": Regime(Rule(memory=Slots(5, "encode"), boundary=UnitSlots())),
+    "slots_similarity": Regime(
+        Rule(memory=Slots(5, "similarity"), boundary=UnitSlots(), momentum=False, decay="none")
     ),
-    "window": _Regime(Rule(window=3, momentum=False)),
-    "window_momentum": _Regime(Rule(window=4, chunk=5)),
+    "window": Regime(Rule(window=3, momentum=False)),
+    "window_momentum": Regime(Rule(window=4, chunk=5)),
 }
 
 
@@ -88,7 +99,19 @@ def inputs(
     width: int = 64,
 ) -> dict[str, Any]:
     """Unit keys and queries, normal values, and a state in the middle of a chunk."""
-    chosen = REGIMES[regime]
+    return inputs_of(REGIMES[regime], generator, batch, length, dtype, heads, width)
+
+
+def inputs_of(
+    chosen: Regime,
+    generator: torch.Generator,
+    batch: int,
+    length: int,
+    dtype: torch.dtype,
+    heads: int,
+    width: int,
+) -> dict[str, Any]:
+    """As `inputs`, for any regime."""
     draw = _Draw(generator, batch, heads, width, chosen)
     slow = draw.slow()
     start = chosen.rule.start(draw.weights())
@@ -107,7 +130,7 @@ class _Draw:
     batch: int
     heads: int
     width: int
-    regime: _Regime
+    regime: Regime
 
     @property
     def key(self) -> int:
@@ -123,7 +146,7 @@ class _Draw:
         """Initial weights `[B, H, in, out]`, of the scales that a layer gives them."""
         memory = self.regime.rule.memory
         shapes = memory.shapes(self.key, self.width)
-        stds = initial_stds(shapes, normalized=memory.norm, unit_keys=True)
+        stds = initial_stds(memory, self.key, self.width, unit_keys=True)
         shape = self.batch, self.heads
         return tuple(self.normal(*shape, *s) * std for s, std in zip(shapes, stds, strict=True))
 
@@ -134,15 +157,14 @@ class _Draw:
         return {"q": q, "k": k, "v": self.normal(*shape, self.width), "gates": self._gates(shape)}
 
     def _gates(self, shape: tuple[int, int, int]) -> Gates:
-        rule, decay = self.regime.rule, self.regime.decay
+        rule = self.regime.rule
         maps = len(rule.memory.shapes(self.key, self.width))
         steps = maps if rule.update == "chunk" and rule.window == 1 else 1
-        logits = self.normal(*shape, self.width if decay == "channel" else 1)
-        bias = 10 if decay == "strong" else -5
+        logits = self.normal(*shape, self.width if rule.decay == "channel" else 1)
         most = 1 / (max(4, rule.chunk) * rule.window)
         return Gates(
             step=self.normal(*shape, steps).sigmoid() * (0.0 if self.regime.still else most),
-            log_keep=None if decay == "none" else -F.softplus(logits + bias),
+            log_keep=None if rule.decay == "none" else -F.softplus(logits + self.regime.bias),
             log_momentum=F.logsigmoid(self.normal(*shape)) if rule.momentum else None,
             window=self.normal(*shape, rule.window).sigmoid() if rule.window > 1 else None,
             limit=F.softplus(self.normal(*shape, 1)) if rule.objective.needs_limit else None,

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ops.test_time.activations import ACTIVATIONS, ActivationName
+from ops.test_time.choices import require_one_of
 
 Linear = Callable[[int, Tensor], Tensor]
 """`linear(l, x)`: rows x through map l, however it is made up."""
@@ -46,6 +47,13 @@ def _with_one(x: Tensor) -> Tensor:
     return F.pad(x, (0, 1), value=1.0)
 
 
+def _hidden(expand: float, value: int) -> int:
+    width = int(expand * value)
+    if width < 1:
+        raise ValueError(f"expand={expand} leaves no hidden unit for values of width {value}")
+    return width
+
+
 def _backward_through(delta: Tensor, weight: Tensor, bias: bool, product: Product) -> Tensor:
     return product(delta, (weight[..., :-1, :] if bias else weight).mT)
 
@@ -57,6 +65,7 @@ class _Network:
     residual: bool = True
     norm: bool = True
     tangent = False
+    key_maps = 1  # how many maps, from the first on, read keys
 
     def _end(self, z: Tensor, x: Tensor, head: Head | None) -> Tensor:
         if self.norm:
@@ -88,30 +97,6 @@ class _Network:
             )
 
 
-def initial_stds(
-    shapes: Sequence[tuple[int, int]], *, normalized: bool, unit_keys: bool
-) -> list[float]:
-    """Standard deviations of initial weights with which a step means the same in every memory.
-
-    A layer norm after the last map divides by the scale of its output, so steps count in units of
-    the last map's weights: as in a linear memory with unit keys if those have variance one, and if
-    hidden units see inputs of variance one. By fan-in, right without the norm, they would count as
-    many times more as there are hidden units, and a small change of one token would grow
-    exponentially over the next.
-
-    Args:
-        shapes: (in, out) of each map.
-        normalized: whether the memory ends in a layer norm.
-        unit_keys: whether keys have norm one, rather than features of variance one.
-    """
-    by_fan_in = [i**-0.5 for i, _ in shapes]
-    if not normalized:
-        return by_fan_in
-    first = shapes[0][0]
-    ones = [unit_keys and i == first for i, _ in shapes[:-1]] + [True]
-    return [1.0 if one else std for one, std in zip(ones, by_fan_in, strict=True)]
-
-
 def _at_least_fp32(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -137,13 +122,10 @@ class MLP(_Network):
     bias: bool = False
 
     def __post_init__(self) -> None:
-        """Checks the depth and the activation's name."""
+        """Checks the depth and the activation."""
         if not 1 <= self.depth <= 4:
             raise ValueError(f"depth must be 1 to 4, got {self.depth}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation must be one of {list(ACTIVATIONS)}, got {self.activation}"
-            )
+        require_one_of(ACTIVATIONS, activation=self.activation)
 
     @property
     def matrix(self) -> bool:
@@ -153,7 +135,7 @@ class MLP(_Network):
     def shapes(self, key: int, value: int) -> list[tuple[int, int]]:
         """(in, out) of each map, the row of a bias included."""
         self._check_width(key, value)
-        hidden = int(self.expand * value)
+        hidden = _hidden(self.expand, value)
         widths = [key, *[hidden] * (self.depth - 1), value]
         return [(a + self.bias, b) for a, b in pairwise(widths)]
 
@@ -199,6 +181,12 @@ class Matrix(MLP):
     norm: bool = False
     depth: int = 1
 
+    def __post_init__(self) -> None:
+        """Checks that it is one."""
+        super().__post_init__()
+        if not self.matrix:
+            raise ValueError("a Matrix has depth 1, no residual path, norm or bias: use MLP")
+
 
 @dataclass(frozen=True)
 class SwiGLU(_Network):
@@ -214,11 +202,12 @@ class SwiGLU(_Network):
     norm: bool = False
     expand: float = 1.0
     matrix = False
+    key_maps = 2
 
     def shapes(self, key: int, value: int) -> list[tuple[int, int]]:
         """(in, out) of gate, up and down."""
         self._check_width(key, value)
-        hidden = int(self.expand * value)
+        hidden = _hidden(self.expand, value)
         return [(key, hidden), (key, hidden), (hidden, value)]
 
     def apply(self, linear: Linear, x: Tensor, head: Head | None) -> Tensor:
@@ -265,8 +254,15 @@ class Slots:
     slots: int = 16
     form: Literal["decode", "encode", "similarity"] = "decode"
     tangent = True
+    key_maps = 1
     matrix = False
     norm = False
+
+    def __post_init__(self) -> None:
+        """Checks the form and the number of slots."""
+        require_one_of(("decode", "encode", "similarity"), form=self.form)
+        if self.slots < 1:
+            raise ValueError(f"slots must be 1 or more, got {self.slots}")
 
     def shapes(self, key: int, value: int) -> list[tuple[int, int]]:
         """The slots as one map from codes to values."""
@@ -294,3 +290,27 @@ class Slots:
 
 
 MemoryNetwork = MLP | SwiGLU | Slots
+
+
+def initial_stds(memory: MemoryNetwork, key: int, value: int, *, unit_keys: bool) -> list[float]:
+    """Standard deviations of initial weights with which a step means the same in every memory.
+
+    A layer norm after the last map divides by the scale of its output, so steps count in units of
+    the last map's weights: as in a linear memory with unit keys if those have variance one, and if
+    hidden units see inputs of variance one. By fan-in, right without the norm, they would count as
+    many times more as there are hidden units, and a small change of one token would grow
+    exponentially over the next. A map between hidden layers has inputs of norm far above one, and
+    no initial weights make up for it: steps of deeper memories must be smaller.
+
+    Args:
+        memory: the architecture.
+        key: width of keys.
+        value: width of values.
+        unit_keys: whether keys have norm one, rather than features of variance one.
+    """
+    stds = [i**-0.5 for i, _ in memory.shapes(key, value)]
+    if memory.norm:
+        stds[-1] = 1.0
+        if unit_keys:
+            stds[: memory.key_maps] = [1.0] * memory.key_maps
+    return stds

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ops.test_time.choices import require_one_of
+
 _TINY = 1e-6  # inside square roots, so that the outer gradient survives at zero
 _SHARPNESS = 10.0  # slope of the smooth sign at zero
 
@@ -82,6 +84,10 @@ class Huber:
 
     form: Literal["sign", "clip"] = "sign"
     needs_limit = True
+
+    def __post_init__(self) -> None:
+        """Checks the form."""
+        require_one_of(("sign", "clip"), form=self.form)
 
     def error(self, prediction: Tensor, value: Tensor, limit: Tensor | None) -> Tensor:
         """The residual, limited; `limit` is `[..., 1]`, one positive number a token."""

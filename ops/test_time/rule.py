@@ -4,13 +4,14 @@ Shapes: B batch, T time, H heads, K key width, V value width, C chunk.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.test_time.boundary import Boundary, UnitSlots
+from ops.test_time.boundary import Boundary, LqNorm, UnitSlots
+from ops.test_time.choices import require_one_of
 from ops.test_time.memories import MLP, MemoryNetwork, Slots
 from ops.test_time.objectives import Objective, SquaredError
 
@@ -76,6 +77,7 @@ class FastWeights(NamedTuple):
 
 Update = Literal["token", "average", "chunk"]
 Anchor = Literal["chunk", "token"]
+Decay = Literal["none", "head", "channel"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class Rule:
         update: "token": every token steps, with its own gates; "average": as "token" without
             momentum and decay, token i of a chunk seeing `w_i` times the sum of the steps up to it;
             "chunk": one step per chunk.
+        decay: what `Gates.log_keep` is given for: "head", one per memory; "channel", one per value
+            channel, acting on the inputs of the first map and the outputs of the last; "none".
         anchor: "chunk", gradients at the chunk's start; "token", at the weights before the token
             (matrix memories with squared error only), where C is a tiling choice.
         momentum: whether updates accumulate in a momentum.
@@ -105,6 +109,7 @@ class Rule:
     boundary: Boundary = field(default_factory=Boundary)
     chunk: int = 16
     update: Update = "token"
+    decay: Decay = "head"
     anchor: Anchor = "chunk"
     momentum: bool = True
     orthogonal: bool = False
@@ -118,6 +123,9 @@ class Rule:
         Raises:
             ValueError: names the first that does not, and what it needs.
         """
+        require_one_of(get_args(Update), update=self.update)
+        require_one_of(get_args(Decay), decay=self.decay)
+        require_one_of(get_args(Anchor), anchor=self.anchor)
         for wrong, message in self._conflicts():
             if wrong:
                 raise ValueError(message)
@@ -128,7 +136,11 @@ class Rule:
         simple = self.update == "token" and self.window == 1 and not self.read_before
         linear = chunkwise or self.read_before or self.boundary.linear_inside
         unit = isinstance(self.boundary, UnitSlots) == isinstance(self.memory, Slots)
-        mean = self.update == "average"
+        mean, many = self.update == "average", self.window > 1
+        squared = isinstance(self.objective, SquaredError)
+        encoding = isinstance(self.memory, Slots) and self.memory.form != "decode"
+        foldable = isinstance(self.memory, MLP) and self.memory.depth < 3 and not self.memory.bias
+        foldable &= self.update == "token" and not (exact or self.momentum or many)
         return [
             (self.chunk < 1, f"chunk must be 1 or more, got {self.chunk}"),
             (self.window < 1, f"window must be 1 or more, got {self.window}"),
@@ -144,9 +156,30 @@ class Rule:
             (not linear, f"{type(self.boundary).__name__} needs reads before the write"),
             (not unit, "slot memories and UnitSlots need each other"),
             (mean and self.momentum, "update='average' has no momentum"),
-            (mean and self.window > 1, "update='average' has no window"),
+            (mean and many, "update='average' has no window"),
             (
-                self.window > 1 and isinstance(self.memory, MLP) and self.memory.bias,
+                mean and self.decay != "none",
+                "update='average' needs decay='none': it forgets nothing",
+            ),
+            (
+                mean and isinstance(self.boundary, LqNorm),
+                "update='average' and LqNorm do not go together: the sum of steps has no norm",
+            ),
+            (
+                self.decay == "channel" and not foldable,
+                "decay='channel' needs an MLP of depth 1 or 2 without biases, update='token', "
+                "anchor='chunk', no momentum and no window",
+            ),
+            (
+                many and self.objective.needs_limit,
+                f"{type(self.objective).__name__} has one limit a token and needs window=1",
+            ),
+            (
+                encoding and not squared,
+                "slots that encode or compare have an objective of their own: leave SquaredError",
+            ),
+            (
+                many and isinstance(self.memory, MLP) and self.memory.bias,
                 "a window needs a memory without biases, as tokens before the first are zeros",
             ),
         ]

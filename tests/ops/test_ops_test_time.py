@@ -1,6 +1,9 @@
 """What test-time memories owe beyond the conformance of every op."""
 
+import contextlib
+import itertools
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -33,7 +36,7 @@ from ops.test_time import (
     recall,
 )
 from ops.test_time.activations import ACTIVATIONS
-from ops.test_time.examples import REGIMES
+from ops.test_time.examples import REGIMES, Regime, inputs_of
 from tests.ops.calls import cut, make, replaced, results, tensors
 from tests.ops.closeness import assert_close
 
@@ -96,6 +99,7 @@ class TestReductions:
         rule = Rule(
             memory=MLP(depth=1, residual=False, norm=False),
             update="average",
+            decay="none",
             momentum=False,
             chunk=4,
         )
@@ -407,6 +411,13 @@ class TestBoundaries:
         ({"update": "average"}, "has no momentum"),
         ({"window": 2, "memory": MLP(bias=True)}, "without biases"),
         ({"chunk": 0}, "chunk must be 1 or more, got 0"),
+        ({"update": "average", "momentum": False}, "needs decay='none'"),
+        ({"decay": "channel"}, "no momentum and no window"),
+        ({"window": 3, "objective": Huber()}, "needs window=1"),
+        (
+            {"memory": Slots(4, "encode"), "boundary": UnitSlots(), "objective": DotProduct()},
+            "leave SquaredError",
+        ),
     ],
     ids=str,
 )
@@ -415,9 +426,59 @@ def test_choices_that_do_not_go_together_are_refused(choices, message):
         Rule(**choices)
 
 
+def accepted_rules(count: int) -> list[Rule]:
+    """A fixed sample of all the combinations of choices that `Rule` lets pass."""
+    choices = {
+        "memory": [
+            MLP(expand=1),
+            MLP(depth=1, norm=False),
+            MLP(depth=3, expand=1),
+            MLP(bias=True, expand=1),
+            Matrix(),
+            SwiGLU(),
+            Slots(3),
+            Slots(3, "encode"),
+        ],
+        "objective": [SquaredError(), DotProduct(), LpError(), Huber("clip")],
+        "boundary": [Boundary(), RowNorm(), LqNorm(), Softmax(), UnitSlots()],
+        "update": ["token", "average", "chunk"],
+        "decay": ["none", "head", "channel"],
+        "anchor": ["chunk", "token"],
+        "momentum": [True, False],
+        "orthogonal": [True, False],
+        "outer_step": [True, False],
+        "window": [1, 3],
+        "read_before": [True, False],
+    }
+    rules = []
+    for values in itertools.product(*choices.values()):
+        with contextlib.suppress(ValueError):
+            rules.append(Rule(chunk=4, **dict(zip(choices, values, strict=True))))
+    return random.Random(0).sample(rules, count)
+
+
+def test_whatever_is_accepted_is_computed_as_specified():
+    for rule in accepted_rules(150):
+        regime = Regime(rule)
+        generator = torch.Generator().manual_seed(0)
+        inputs = inputs_of(regime, generator, 1, 10, torch.float64, 1, 4)
+        with torch.no_grad():
+            fast, naive = results(memorize, inputs), results(memorize_naive, inputs)
+        try:
+            assert_close(fast, naive, 1e-8)
+        except AssertionError as error:
+            raise AssertionError(f"{rule}: {error}") from None
+
+
 def test_parts_refuse_impossible_values():
     with pytest.raises(ValueError, match="depth must be 1 to 4, got 5"):
         MLP(depth=5)
+    with pytest.raises(ValueError, match=r"expand=0\.01 leaves no hidden unit"):
+        MLP(expand=0.01).shapes(4, 4)
+    with pytest.raises(ValueError, match="a Matrix has depth 1"):
+        Matrix(residual=True)
+    with pytest.raises(ValueError, match="slots must be 1 or more, got 0"):
+        Slots(0)
     with pytest.raises(ValueError, match="p must be 1 or more"):
         LpError(0.5)
     with pytest.raises(ValueError, match="q must be above 2 and not 3"):
