@@ -76,8 +76,9 @@ class MemoryAsContext(Layer):
 
     State: two states of the memory, and 4 D scalars per token since the segment began.
 
-    Where the paper is silent: the mask above. Rotary positions count within the segment, h_t stands
-    where token t does, and p carries none. Attention has an output projection of its own before y
+    Where the paper is silent: the mask above. W_q comes before the memory's own projection of
+    queries. Rotary positions count within the segment, h_t stands where token t does, and p carries
+    none. Attention has an output projection of its own before y
     is written. The gate is that of `BranchGate`. Persistent tokens start with unit variance, the
     scale of the normalised input.
 

@@ -150,8 +150,8 @@ class TestTimeMemory(Memory):
 
     * q, k, v: as `features` says; the value size of a head is D / H, and so is the key size, unless
       the memory is one of slots, whose codes have one number per slot;
-    * gates: theta, alpha, eta and the others are linear in the token, in fp32, zero in weight to
-      begin with;
+    * gates: theta, alpha, eta and the others are functions of a linear map of the token whose
+      weights start at zero; what follows the map is in fp32;
     * output: RMSNorm per head, times `silu(W_g x_t)`, then the output projection.
 
     Args:
@@ -169,9 +169,10 @@ class TestTimeMemory(Memory):
         recompute: compute groups of chunks again in the backward pass instead of keeping what is
             inside them; default False.
 
-    State: the weights, as often as the rule needs them (at most four times: now, at the chunk's
-    start, momentum, sum of steps), the convolution's tail and the window's tokens; whatever the
-    length. No pending tokens are kept: decoding costs the same at every place of a chunk.
+    State: the weights, as often as the rule needs them (at most three times: now, at the chunk's
+    start or a sum of steps, and the momentum), the convolution's tail and the window's tokens;
+    whatever the length. No pending tokens are kept: decoding costs the same at every place of a
+    chunk. The sequences of a batch stand at the same place.
 
     Where we differ from the papers: losses carry 1/2 and no mean over features; steps are bounded;
     per-channel gates are decays only. The config of a paper's model lists the rest.
@@ -295,6 +296,10 @@ class TestTimeMemory(Memory):
             torch.randn(self.heads, *shape) * (std if spread is None else spread)
             for shape, std in zip(shapes, stds, strict=True)
         )
+        if isinstance(memory, MLP) and memory.bias:
+            with torch.no_grad():
+                for weights in self.initial:
+                    weights[:, -1] = 0.0
         self.memory_norm_weight = self.memory_norm_bias = self.position_weight = None
         if memory.norm:
             self.memory_norm_weight = nn.Parameter(torch.ones(self.heads, self.value_dim))

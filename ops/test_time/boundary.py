@@ -37,7 +37,7 @@ class Boundary:
         return None
 
     def start(self, weights: Tensor) -> Tensor:
-        """The accumulator whose view is `weights`."""
+        """The accumulator with which to start from initial weights."""
         return weights
 
 
@@ -105,8 +105,9 @@ class Softmax(Boundary):
     """`W = c softmax(A)` over the inputs of each unit: Memora (arXiv 2504.13173).
 
     A is the logarithm of the weights up to a constant per unit, which the softmax ignores; so
-    decaying and adding to A is the paper's update of W, for any number of tokens. The weights of a
-    token inside a chunk are not linear in A, so reads are of the chunk's start.
+    decaying and adding to A is the paper's update of W, for any number of tokens. Initial weights
+    are taken for A. The weights of a token inside a chunk are not linear in A, so reads are of the
+    chunk's start.
 
     Args:
         scale_of_unit: c, the sum of a unit's weights; default 1.

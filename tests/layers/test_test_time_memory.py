@@ -50,7 +50,7 @@ def tokens(batch: int, length: int, width: int = 32, dtype=torch.float64):
 def test_every_config_is_shipped_and_names_its_paper(name):
     lines = (CONFIG_DIR / "mixer" / f"{name}.yaml").read_text().splitlines()
     heading = " ".join(line[2:] for line in lines if line.startswith("# "))
-    assert "arXiv" in heading or "as\nlattice" in heading
+    assert "arXiv" in heading
     assert not name.startswith("lattice") or "erived" in heading
 
 
@@ -73,7 +73,7 @@ def test_small_changes_stay_small_from_initialisation(name):
     with torch.no_grad():
         effect = (layer(changed).y - layer(x).y).norm(dim=-1).mean(0)
     assert effect[:16].mean() > 0
-    assert effect[-16:].mean() < 1e3 * effect[:16].mean()
+    assert effect[-16:].mean() < 100 * effect[:16].mean()
 
 
 @every_config
