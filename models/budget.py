@@ -54,7 +54,7 @@ def budget(model: LanguageModel, seq_len: int) -> Budget:
     active = model.active_parameters()
     return Budget(
         seq_len=seq_len,
-        parameters=sum(p.numel() for p in weights.values()),
+        parameters=sum(p.numel() for p in model.parameters()),
         active_parameters=active,
         state_bytes=state_bytes,
         flops_per_token=counter.get_total_flops() / seq_len,
