@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from harness.check import ConfigError
-from harness.compose import check_sweep, checked, compose_checked, parse_overrides
+from harness.compose import CONFIG_DIR, check_sweep, checked, compose_checked, parse_overrides
 
 
 def problems_of(*overrides: str) -> list[str]:
@@ -28,9 +28,10 @@ def test_all_mistakes_are_reported_in_one_message():
 
 def test_an_unknown_choice_lists_all_and_names_the_nearest():
     (found,) = problems_of("mixer=gated_deltanett")
+    mixers = sorted(path.stem for path in (CONFIG_DIR / "mixer").glob("*.yaml"))
     assert found == (
         "mixer=gated_deltanett: there is no such mixer; did you mean 'gated_deltanet'? "
-        "(choose from: attention, gated_deltanet, sliding_window)"
+        f"(choose from: {', '.join(mixers)})"
     )
 
 
