@@ -31,12 +31,6 @@ class _Composite(Layer):
         """The sum over the parts."""
         return sum(part.state_size(seq_len) for part in self.parts)
 
-    def active_parameters(self) -> int:
-        """The parts' active parameters and all of the combinator's own."""
-        own = sum(p.numel() for p in self.parameters())
-        held = sum(p.numel() for p in self.parts.parameters())
-        return own - held + sum(part.active_parameters() for part in self.parts)
-
     def _states(self, state: State) -> Sequence[State]:
         return (None,) * len(self.parts) if state is None else state
 

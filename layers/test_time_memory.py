@@ -1,6 +1,7 @@
 """Test-time memory: a small network whose weights are the state, trained by the tokens it reads."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -249,7 +250,7 @@ class TestTimeMemory(Memory):
             rule=self.rule,
             slow=self._slow(),
             recompute=self.recompute and self.training,
-            watch=self._observe if observing() else None,
+            watch=partial(observe, self) if observing() else None,
         )
         self._observe_call(gates, fast)
         position = tuple(p + x.shape[1] for p in state.position)
@@ -343,12 +344,11 @@ class TestTimeMemory(Memory):
             return function(present[name]) if name in present else None
 
         rule = self.rule
-        most = self.learner.largest_step(rule.chunk, rule.memory, self.value_dim)
-        step = most * parts["step"].sigmoid()
+        step = self.learner.largest_step(rule.chunk, rule.memory) * parts["step"].sigmoid()
         keep = gate("keep", lambda z: -F.softplus(z))
         if self.keep_proj is not None:
             forgotten = F.softplus(_at_least_fp32(self.keep_proj(x)))
-            most = MAX_CHUNK_DECAY / self.rule.chunk
+            most = MAX_CHUNK_DECAY / rule.chunk
             keep = -forgotten.clamp(max=most).unflatten(-1, (self.heads, -1))
         return Gates(
             step=step,
@@ -414,9 +414,6 @@ class TestTimeMemory(Memory):
         if self.gate_proj is not None:
             y = y * F.silu(self.gate_proj(x))
         return self.out_proj(y)
-
-    def _observe(self, name: str, value: Tensor) -> None:
-        observe(self, name, value)
 
     def _observe_call(self, gates: Gates, fast: FastWeights) -> None:
         """Step, forgotten fraction and momentum of each token and head; the norm of the weights.

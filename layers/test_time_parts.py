@@ -109,8 +109,8 @@ class Learner:
         if self.step_per_map and (self.update != "chunk" or self.window > 1):
             raise ValueError("step_per_map needs update='chunk' and window=1")
 
-    def largest_step(self, chunk_size: int, memory: MemoryNetwork, value: int) -> float:
-        """`max_step`, or its default for a memory of values of that width."""
+    def largest_step(self, chunk_size: int, memory: MemoryNetwork) -> float:
+        """`max_step`, or its default for a memory."""
         if self.max_step is not None:
             return self.max_step
         if self.anchor == "token":

@@ -86,10 +86,9 @@ def op_step(chunk: int) -> tuple[Callable[[], None], float]:
     inputs = op.inputs(torch.Generator().manual_seed(0), BATCH, LENGTH, heads=HEADS)
     rule = Rule(chunk=chunk)
     inputs |= {"rule": rule, "state": rule.start(inputs["state"].weights)}
-    for name in ("q", "k", "v"):
-        inputs[name].requires_grad_()
-    gates = inputs["gates"]
-    inputs["gates"] = gates._replace(step=(gates.step / chunk).requires_grad_())
+    gates = (inputs["gates"].step, inputs["gates"].log_keep, inputs["gates"].log_momentum)
+    for leaf in (inputs["q"], inputs["k"], inputs["v"], *gates):
+        leaf.requires_grad_()
 
     def call() -> None:
         y, _ = op.forms["chunk"](**inputs)

@@ -321,11 +321,10 @@ class TestBehaviour:
 
     @every_regime
     def test_tokens_of_zeros_are_harmless(self, regime):
-        """A fully masked chunk: keys, queries and values of zero, gates at their ends."""
+        """A fully masked chunk: keys, queries and values of zero, written with ordinary gates."""
         inputs = make(OP, 40, regime=regime)
         blank = {name: torch.zeros_like(inputs[name]) for name in ("q", "k", "v")}
-        gates = tree_map_only(Tensor, torch.zeros_like, inputs["gates"])
-        arguments = inputs | blank | {"gates": gates}
+        arguments = inputs | blank
         leaves = {path: x.detach().requires_grad_() for path, x in tensors(arguments).items()}
         out = results(memorize, replaced(arguments, leaves))
         assert all(x.isfinite().all() for x in out.values())
