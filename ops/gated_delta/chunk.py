@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ops.gated_delta.tiles import Tiling
 from ops.precision import without_autocast
+from ops.tiling import Tiling
 from ops.triangular import inverse_of_one_minus
 
 

@@ -1,4 +1,4 @@
-"""How the chunked form cuts a sequence: chunks of tokens as tiles, tiles in segments.
+"""How chunked forms cut a sequence: chunks of tokens as tiles, tiles in segments.
 
 Shapes: B batch, T time, H heads, D width, C chunk, N chunks, M = B * H memories.
 """
