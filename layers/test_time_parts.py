@@ -62,12 +62,12 @@ class Retention:
             "channel": one per value channel, from a map of rank 32, acting on the inputs of the
             first linear map and the outputs of the last; at most 30 / chunk_size nats a token, as
             their inverses must be finite; "none".
-        bias: b; default -4, which forgets 2 % a token to begin with.
+        bias: b; default -7, which forgets 0.1 % a token to begin with.
         boundary: map of the weights where chunks meet; default none.
     """
 
     gate: Literal["none", "head", "channel"] = "head"
-    bias: float = -4.0
+    bias: float = -7.0
     boundary: Boundary = field(default_factory=Boundary)
 
 

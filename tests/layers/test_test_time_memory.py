@@ -109,7 +109,7 @@ def test_gates_start_where_the_documentation_says():
     with recording() as record:
         layer(torch.randn(1, 8, 16))
     (values,) = record.by_layer(layer).values()
-    assert values["forget"].mean().item() == pytest.approx(torch.tensor(-4.0).sigmoid().item())
+    assert values["forget"].mean().item() == pytest.approx(torch.tensor(-7.0).sigmoid().item())
     assert values["momentum"].mean().item() == pytest.approx(0.5)
     assert values["step"].mean().item() == pytest.approx(0.25)
 
