@@ -26,7 +26,7 @@ from harness.run_directory import RunDirectory
 from harness.schema import options
 from models import Budget, LanguageModel, SequenceModule, budget
 from models.lightning_module import OptimizerFactory
-from models.parameter_groups import parameter_groups
+from models.parameter_groups import make_optimizer
 from tasks.base import Task
 
 
@@ -60,7 +60,7 @@ def prepare(config: Config) -> Prepared:
         model = build_model(config, task)
         costs = budget(model, task.seq_len)
     with blaming("optimizer"):
-        _optimizer(config)(parameter_groups(model))
+        make_optimizer(model, _optimizer(config))
     with blaming("schedule"):
         build(config["schedule"])
     return Prepared(config, task, model, costs)

@@ -7,6 +7,7 @@ from layers.combinators import Parallel, Residual, Sequential
 from layers.feed_forward import MLP, SwiGLU
 from layers.gated_convolution import GatedConvolution
 from layers.gated_delta_net import GatedDeltaNet
+from layers.matrix_memory import MatrixMemory, MatrixState, Operands
 from layers.memory_as_context import MemoryAsContext
 from layers.memory_as_gate import MemoryAsGate
 from layers.memory_as_layer import MemoryAsLayer
@@ -15,6 +16,7 @@ from layers.protocol import (
     LayerList,
     Memory,
     Output,
+    Policy,
     Recipe,
     State,
     detach_state,

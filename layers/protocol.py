@@ -12,7 +12,7 @@ A layer maps a sequence to a sequence and carries what it remembers in an explic
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -40,12 +40,30 @@ class Output(NamedTuple):
     aux: Mapping[str, Tensor] = NO_AUX
 
 
+class Policy(NamedTuple):
+    """How the optimiser treats a parameter.
+
+    Attributes:
+        decays: whether weight decay applies, if it has two axes or more; vectors never decay.
+        max_lr: largest learning rate, before the schedule; None for any.
+    """
+
+    decays: bool = True
+    max_lr: float | None = None
+
+
+NO_POLICY = Policy()
+
+
 class Layer(nn.Module):
     """Base of all layers: `d_model` first in the constructor, then keyword-only arguments.
 
     The linear map through which a layer writes to the residual stream, if it ends in one, is named
     `out_proj`, so that a model can scale it with depth.
     """
+
+    policies: ClassVar[Mapping[str, Policy]] = {}
+    """Names of the layer's own parameters that the optimiser is to treat differently."""
 
     def forward(self, x: Float[Tensor, "b t d"], state: State = None) -> Output:
         """Transforms `x`, continuing from `state` (None: the start of a sequence)."""

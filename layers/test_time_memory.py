@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from layers.precision import at_least_fp32
 from layers.protocol import Memory, Output, require_at_least
 from layers.registry import register
 from layers.rotary import rotate
@@ -334,7 +335,7 @@ class TestTimeMemory(Memory):
 
     def _gates(self, x: Tensor) -> Gates:
         """What each token decides about its update, `[B, T, H, .]` in fp32."""
-        logits = _at_least_fp32(self.gates_proj(x)).unflatten(-1, (self.heads, -1))
+        logits = at_least_fp32(self.gates_proj(x)).unflatten(-1, (self.heads, -1))
         parts = dict(
             zip(self.gate_sizes, logits.split(list(self.gate_sizes.values()), -1), strict=True)
         )
@@ -347,7 +348,7 @@ class TestTimeMemory(Memory):
         step = self.learner.largest_step(rule.chunk, rule.memory) * parts["step"].sigmoid()
         keep = gate("keep", lambda z: -F.softplus(z))
         if self.keep_proj is not None:
-            forgotten = F.softplus(_at_least_fp32(self.keep_proj(x)))
+            forgotten = F.softplus(at_least_fp32(self.keep_proj(x)))
             most = MAX_CHUNK_DECAY / rule.chunk
             keep = -forgotten.clamp(max=most).unflatten(-1, (self.heads, -1))
         return Gates(
@@ -363,14 +364,14 @@ class TestTimeMemory(Memory):
         weight, bias = self.memory_norm_weight, self.memory_norm_bias
         norms = position = None
         if isinstance(self.rule.boundary, RowNorm):
-            norms = tuple(_at_least_fp32(w).norm(dim=-2, keepdim=True) for w in self.initial)
+            norms = tuple(at_least_fp32(w).norm(dim=-2, keepdim=True) for w in self.initial)
         if self.position_weight is not None:
-            learned = _at_least_fp32(self.position_weight)
+            learned = at_least_fp32(self.position_weight)
             places = torch.arange(1, len(learned) + 1, device=learned.device)
             position = (1 / places + learned).clamp(min=0)
         return Slow(
-            gain=None if weight is None else _at_least_fp32(weight),
-            bias=None if bias is None else _at_least_fp32(bias),
+            gain=None if weight is None else at_least_fp32(weight),
+            bias=None if bias is None else at_least_fp32(bias),
             norms=norms,
             position=position,
         )
@@ -432,7 +433,3 @@ class TestTimeMemory(Memory):
         norm = torch.stack([w.square().sum((-2, -1)) for w in fast.weights]).sum(0).sqrt()
         before = gates.step.shape[1] - 1
         observe(self, "memory_norm", F.pad(norm[:, None], (0, 0, before, 0), value=torch.nan))
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

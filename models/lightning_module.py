@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from layers import is_loss
 from models.diagnosis import NonFiniteError, first_nonfinite, nonfinite_gradients
 from models.language_model import LanguageModel
-from models.parameter_groups import parameter_groups
+from models.parameter_groups import make_optimizer
 from models.schedules import Schedule
 from tasks.base import IGNORE, Batch
 from tasks.metrics import Metrics
@@ -62,7 +62,7 @@ class SequenceModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimiser over parameter groups, with the schedule applied after every update."""
-        optimizer = self.optimizer_factory(parameter_groups(self.model))
+        optimizer = make_optimizer(self.model, self.optimizer_factory)
         total = self.trainer.max_steps
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: self.schedule(step, total)

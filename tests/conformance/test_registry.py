@@ -7,9 +7,9 @@ import pkgutil
 import pytest
 
 import layers
-from layers import LAYERS, Layer, Memory, register
+from layers import LAYERS, Layer, MatrixMemory, Memory, register
 
-BASES = (Layer, Memory)
+BASES = (Layer, MatrixMemory, Memory)
 
 
 def layer_classes():

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from layers import GatedDeltaNet
-from layers.gated_delta_net import MAX_DECAY_RATE, STEP_RANGE
+from layers.decay_gates import STEP_RANGE
+from layers.gated_delta_net import RATES
 from ops.gated_delta import gated_delta_naive
 from tests.helpers import assert_close
 
@@ -17,11 +18,12 @@ def layer(**options):
 def test_it_is_the_papers_block_around_the_naive_recurrence():
     net = layer(heads=2, expand_v=2.0)
     x = torch.randn(2, 30, 16).double()
-    qkv = torch.nn.functional.silu(net.conv(net.qkv_proj(x)).y)
+    qkv, decay, strength = net.in_proj(x).split([64, 2, 2], -1)
+    qkv = torch.nn.functional.silu(net.conv(qkv).y)
     q, k, v = (t.unflatten(-1, (2, -1)) for t in qkv.split([16, 16, 32], -1))
     q, k = (t / t.norm(dim=-1, keepdim=True) for t in (q, k))
-    decay = -net.A_log.exp() * torch.nn.functional.softplus(net.decay_proj(x) + net.dt_bias)
-    y, memory = gated_delta_naive(q, k, v, decay, net.strength_proj(x).sigmoid())
+    decay = -net.decay.A_log.exp() * torch.nn.functional.softplus(decay + net.decay.dt_bias)
+    y, memory = gated_delta_naive(q, k, v, decay, strength.sigmoid())
     y = net.norm(y).flatten(-2) * torch.nn.functional.silu(net.gate_proj(x))
     output = net(x)
     assert_close(output.y, net.out_proj(y), "output")
@@ -37,9 +39,9 @@ def test_chunk_size_is_not_part_of_the_function():
 
 def test_gates_start_where_the_docstring_says():
     net = GatedDeltaNet(64, heads=8)
-    parts = MAX_DECAY_RATE / 8
-    assert [int(rate // parts) for rate in net.A_log.exp()] == list(range(8))
-    steps = torch.nn.functional.softplus(net.dt_bias)
+    parts = RATES[1] / 8
+    assert [int(rate // parts) for rate in net.decay.A_log.exp()] == list(range(8))
+    steps = torch.nn.functional.softplus(net.decay.dt_bias)
     assert (steps >= 0.99 * STEP_RANGE[0]).all()
     assert (steps <= 1.01 * STEP_RANGE[1]).all()
 

@@ -44,8 +44,8 @@ def x(length=LENGTH):
 def forgetful(layer):
     """The same layer with a memory that has forgotten everything when the next token comes."""
     with torch.no_grad():
-        layer.memory.A_log.fill_(8.0)
-        layer.memory.dt_bias.fill_(1.0)
+        layer.memory.decay.A_log.fill_(8.0)
+        layer.memory.decay.dt_bias.fill_(1.0)
     return layer
 
 
@@ -100,8 +100,7 @@ def test_recall_is_forward_without_decay_writing_and_convolution():
     memory = GatedDeltaNet(WIDTH, heads=2, conv_size=1).double()
     state = memory(x()).state
     with torch.no_grad():
-        memory.conv.weight.fill_(1.0)
-        memory.A_log.fill_(-60.0)
+        memory.decay.A_log.fill_(-60.0)
     memory.max_strength = 0.0
     read = memory(x().flip(1), state)
     assert_close(memory.recall(x().flip(1), state), read.y, "recalled")

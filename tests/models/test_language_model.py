@@ -1,13 +1,14 @@
 """The residual stack: patterns, initialisation, recomputation, losses of layers."""
 
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
 
-from layers import GatedDeltaNet, Layer, Output, Residual, SoftmaxAttention, SwiGLU
+from layers import GatedDeltaNet, Layer, Output, Policy, Residual, SoftmaxAttention, SwiGLU
 from models import LanguageModel
-from models.parameter_groups import parameter_groups
+from models.parameter_groups import make_optimizer, parameter_groups
 from tests.helpers import assert_close
 
 MIXER = partial(GatedDeltaNet, heads=2)
@@ -53,7 +54,7 @@ def test_residual_outputs_shrink_with_depth_and_gates_keep_their_start():
     )
     assert ratio.item() == pytest.approx((2 / 32) ** 0.5, rel=0.15)
     for block in deep.blocks:
-        rates = block.parts[0].parts[0].A_log.exp()
+        rates = block.parts[0].parts[0].decay.A_log.exp()
         assert (rates[0] <= 8).all()
         assert (rates[1] >= 8).all()
 
@@ -101,6 +102,25 @@ def test_matrices_decay_and_vectors_do_not():
         spared = name.endswith(("A_log", "dt_bias", "norm.weight", "bias"))
         assert (id(parameter) in kept_ids) == spared, name
     assert len(decayed["params"]) + len(kept["params"]) == len(list(net.parameters()))
+
+
+class Filter(Layer):
+    policies: ClassVar = {"taps": Policy(decays=False, max_lr=1e-3)}
+
+    def __init__(self, d_model):
+        super().__init__()
+        self.taps = torch.nn.Parameter(torch.ones(4, d_model))
+
+
+def test_a_layer_may_spare_its_parameters_decay_and_slow_them_down():
+    net = torch.nn.Sequential(Filter(8), torch.nn.Linear(8, 8, bias=False))
+    optimizer = make_optimizer(net, partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1))
+    treated = {
+        id(p): (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    assert treated == {id(net[0].taps): (1e-3, 0.0), id(net[1].weight): (1e-2, 0.1)}
 
 
 def test_a_frozen_parameter_is_left_to_itself():
