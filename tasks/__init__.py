@@ -5,7 +5,7 @@ package knows nothing of layers, models or configuration.
 """
 
 from tasks.base import Batch, Task
-from tasks.recall import MQAR, Needle, RecallMixture
+from tasks.recall import MQAR, ForgettingMQAR, Needle, RecallMixture
 from tasks.text import (
     ByteTokenizer,
     LocalFiles,
@@ -18,6 +18,7 @@ __all__ = [
     "MQAR",
     "Batch",
     "ByteTokenizer",
+    "ForgettingMQAR",
     "LocalFiles",
     "Needle",
     "RecallMixture",

@@ -90,7 +90,8 @@ class RecallMetrics(Metrics):
     `accuracy_by_example` (each example counts once however many tokens it is asked for: what
     the code of the MQAR papers averages), `exact_sequence_accuracy` (the share of examples all
     of whose scored tokens are right) and, for each group that occurred, `accuracy/pairs=8` or,
-    in ranges that double, `accuracy/gap=33-64`.
+    in ranges that double, `accuracy/gap=33-64`. A slice is counted over the batches that have
+    it: in a mixture of tasks, each has slices of its own.
 
     Args:
         slices: the values each slice of a batch can take; for a bucketed slice (`gap`) one
@@ -118,7 +119,7 @@ class RecallMetrics(Metrics):
             int(((asked > 0) & (hits == asked)).sum()),
         ]
         self.totals += torch.tensor(sums, dtype=torch.float64)
-        for group in self.groups:
+        for group in (group for group in self.groups if group.name in batch.slices):
             values = batch.slices[group.name].cpu()
             per_example = values.dim() == 1
             picked = values[example] if per_example else values.reshape(-1)[scores.where]

@@ -23,11 +23,12 @@ class RecallMixture(Task):
             test=[MQAR(seq_len=64, pairs=4), MQAR(seq_len=512, pairs=128)],
         )
 
-    A batch never mixes tasks, so all its sequences have one length. All randomness comes from the
-    mixture's own seed; the seeds of its parts are not used. Differs from the mixture of
-    "Simple linear attention language models balance the recall-throughput tradeoff"
-    (https://arxiv.org/abs/2402.18668), whose code goes through the parts in order, easy to hard:
-    here they come in random order.
+    A batch never mixes tasks, so all its sequences have one length. Tasks may differ in kind: a
+    slice that only some of them have, such as the depth of a needle, counts their answers alone.
+    All randomness comes from the mixture's own seed; the seeds of its parts are not used. Differs
+    from the mixture of "Simple linear attention language models balance the recall-throughput
+    tradeoff" (https://arxiv.org/abs/2402.18668), whose code goes through the parts in order, easy
+    to hard: here they come in random order.
 
     Args:
         train: tasks to train on, with equal vocabularies; each brings its batch size and levels.

@@ -5,6 +5,7 @@ https://arxiv.org/abs/2312.04927. B examples, L length, K pairs, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +16,38 @@ from tasks.recall.base import RecallTask
 from tasks.recall.sampling import Ints, distinct, weighted
 
 FILLER = 0
+POWER = 0.01  # of the public code; the odds of a slot are close to one over its rank
+
+
+class Shown(NamedTuple):
+    """The context of each sequence, and what its keys stand for at its end.
+
+    Attributes:
+        context: `[B, C]` tokens.
+        keys: `[B, K]`, different within a row.
+        values: `[B, K]`, the right answers.
+        written: `[B, K]`, the position in the context of the key that its answer follows.
+    """
+
+    context: Ints
+    keys: Ints
+    values: Ints
+    written: Ints
 
 
 def check_mqar(*, vocab_size: int, seq_len: int, pairs: int) -> None:
     """Raises `ValueError`, with the arithmetic, if such sequences cannot be made."""
+    check_keys(vocab_size=vocab_size, seq_len=seq_len, pairs=pairs)
+    if 4 * pairs > seq_len:
+        raise ValueError(
+            f"pairs ({pairs}) do not fit seq_len ({seq_len}): {pairs} pairs take 2 * {pairs} = "
+            f"{2 * pairs} positions and their queries as many, 4 * {pairs} = {4 * pairs} > "
+            f"{seq_len}; use seq_len >= {4 * pairs} or pairs <= {seq_len // 4}"
+        )
+
+
+def check_keys(*, vocab_size: int, seq_len: int, pairs: int) -> None:
+    """Raises `ValueError` if there are no K keys, or if vocabulary or length cannot be halved."""
     half = vocab_size // 2
     if pairs < 1:
         raise ValueError(f"pairs ({pairs}) must be at least 1")
@@ -26,12 +55,6 @@ def check_mqar(*, vocab_size: int, seq_len: int, pairs: int) -> None:
         raise ValueError(
             f"vocab_size ({vocab_size}) and seq_len ({seq_len}) must be even: the vocabulary is "
             "half keys and half values, and a sequence is made of slots of two positions"
-        )
-    if 4 * pairs > seq_len:
-        raise ValueError(
-            f"pairs ({pairs}) do not fit seq_len ({seq_len}): {pairs} pairs take 2 * {pairs} = "
-            f"{2 * pairs} positions and their queries as many, 4 * {pairs} = {4 * pairs} > "
-            f"{seq_len}; use seq_len >= {4 * pairs} or pairs <= {seq_len // 4}"
         )
     if pairs > half - 1:
         raise ValueError(
@@ -47,7 +70,7 @@ def make_mqar(
     vocab_size: int,
     seq_len: int,
     pairs: int,
-    power: float = 0.01,
+    power: float = POWER,
     random_filler: bool = False,
 ) -> Batch:
     """Makes `n` sequences that show K key-value pairs and then ask for each of them once.
@@ -84,26 +107,70 @@ def make_mqar(
     half = vocab_size // 2
     keys = 1 + distinct(rng, n, pairs, half - 1)  # [B, K]
     values = half + distinct(rng, n, pairs, half)
-    slots = (seq_len - 2 * pairs) // 2
-    odds = np.arange(1, slots + 1, dtype=np.float64) ** (power - 1)
-    asked = 2 * pairs + 2 * weighted(rng, n, pairs, odds)  # [B, K] position of each key's query
+    written = np.broadcast_to(np.arange(0, 2 * pairs, 2), keys.shape)
+    batch, _ = ask(
+        rng,
+        Shown(interleaved(keys, values), keys, values, written),
+        vocab_size=vocab_size,
+        seq_len=seq_len,
+        power=power,
+        random_filler=random_filler,
+    )
+    return batch
 
-    inputs = np.full((n, seq_len), FILLER, dtype=np.int64)
+
+def interleaved(keys: Ints, values: Ints) -> Ints:
+    """Writes `[B, K]` keys and values as `[B, 2K]` tokens `k1 v1 ... kK vK`."""
+    return np.stack([keys, values], axis=2).reshape(len(keys), -1)
+
+
+def ask(
+    rng: np.random.Generator,
+    shown: Shown,
+    *,
+    vocab_size: int,
+    seq_len: int,
+    power: float,
+    random_filler: bool,
+) -> tuple[Batch, Ints]:
+    """Fills the rest of each sequence with one query of every key: see `make_mqar`.
+
+    Args:
+        rng: the only source of randomness.
+        shown: what the sequences begin with.
+        vocab_size: V.
+        seq_len: L; what is left of it holds at least 2K positions.
+        power: how evenly the queries are spread.
+        random_filler: fill unused positions with random tokens other than the keys.
+
+    Returns:
+        The batch, with slices `pairs`, `length` and `gap`, and the positions of the queries,
+        `[B, K]`.
+    """
+    n, pairs = shown.keys.shape
+    start = shown.context.shape[1]
+    odds = np.arange(1, (seq_len - start) // 2 + 1, dtype=np.float64) ** (power - 1)
+    places = start + 2 * weighted(rng, n, pairs, odds)
     if random_filler:
-        inputs[:, 2 * pairs :] = _filler(rng, keys, vocab_size, seq_len - 2 * pairs)
-    targets = np.full((n, seq_len), IGNORE, dtype=np.int64)
-    gap = np.zeros((n, seq_len), dtype=np.int64)
-    inputs[:, 0 : 2 * pairs : 2] = keys
-    inputs[:, 1 : 2 * pairs : 2] = values
-    np.put_along_axis(inputs, asked, keys, axis=1)
-    np.put_along_axis(targets, asked, values, axis=1)
-    np.put_along_axis(gap, asked, asked - np.arange(0, 2 * pairs, 2), axis=1)
+        rest = _filler(rng, shown.keys, vocab_size, seq_len - start)
+    else:
+        rest = np.full((n, seq_len - start), FILLER, dtype=np.int64)
+    inputs = np.concatenate([shown.context, rest], axis=1)
+    np.put_along_axis(inputs, places, shown.keys, axis=1)
     slices = {
         "pairs": torch.full((n,), pairs),
         "length": torch.full((n,), seq_len),
-        "gap": torch.from_numpy(gap),
+        "gap": at_queries(places, places - shown.written, seq_len),
     }
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), slices)
+    targets = at_queries(places, shown.values, seq_len, elsewhere=IGNORE)
+    return Batch(torch.from_numpy(inputs), targets, slices), places
+
+
+def at_queries(places: Ints, values: Ints, length: int, elsewhere: int = 0) -> Tensor:
+    """Lays out one value per query, `[B, K]`, as one per position, `[B, length]`."""
+    rows = np.full((len(places), length), elsewhere, dtype=np.int64)
+    np.put_along_axis(rows, places, values, axis=1)
+    return torch.from_numpy(rows)
 
 
 def _filler(rng: np.random.Generator, keys: Ints, vocab_size: int, length: int) -> Ints:
@@ -120,9 +187,9 @@ def _filler(rng: np.random.Generator, keys: Ints, vocab_size: int, length: int) 
 def solve_mqar(inputs: Tensor) -> Tensor:
     """Answers every query by hand: a dictionary, filled from left to right.
 
-    It remembers what followed the first occurrence of each token and says so when the token
-    comes again. It never looks ahead and is told neither K nor which tokens are keys, so what it
-    reaches, 100 %, is what a model can reach.
+    It remembers what last followed each token and says so when the token comes again. It never
+    looks ahead and is told neither K nor which tokens are keys, so what it reaches, 100 %, is
+    what a model can reach. It is as right where keys are written again (`make_forgetting_mqar`).
 
     Args:
         inputs: `[B, L]`.
@@ -135,7 +202,7 @@ def solve_mqar(inputs: Tensor) -> Tensor:
         followed_by: dict[int, int] = {}
         for position, token in enumerate(tokens):
             if position:
-                followed_by.setdefault(tokens[position - 1], token)
+                followed_by[tokens[position - 1]] = token
             answers[row, position] = followed_by.get(token, FILLER)
     return answers
 
@@ -168,7 +235,7 @@ class MQAR(RecallTask):
         pairs: int | list[int] = 8,
         test_pairs: list[int] | None = None,
         vocab_size: int = 256,
-        power: float = 0.01,
+        power: float = POWER,
         random_filler: bool = False,
         batch_size: int = 64,
         test_examples: int = 1000,

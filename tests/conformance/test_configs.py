@@ -22,6 +22,7 @@ SMALL_TASK = {
     "mqar": SMALL_MQAR,
     "mqar_paper": SMALL_MQAR,
     "mqar_hard": SMALL_MQAR,
+    "mqar_forgetting": SMALL_MQAR,
     "mqar_mix": (),
     "needle_mix": (),
     "needle": SMALL_NEEDLE,

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from tasks import MQAR, RecallMixture
-from tasks.recall import solve_mqar
+from tasks import MQAR, ForgettingMQAR, Needle, RecallMixture
+from tasks.recall import solve_mqar, solve_needle
 
 
 def mqar(seq_len, pairs, **options):
@@ -44,6 +44,30 @@ def test_the_solver_is_right_on_every_cell():
     lengths = {name for name in results if name.startswith("accuracy/length=")}
     assert lengths == {f"accuracy/length={n}" for n in (64, 128, 256, 512, 1024)}
     assert mixture.seq_len == 1024
+
+
+def test_tasks_of_different_kinds_are_each_counted_in_their_own_slices():
+    parts = [
+        MQAR(pairs=4, test_examples=6),
+        ForgettingMQAR(pairs=[4, 8], test_examples=6),
+        Needle(seq_len=64, vocab_size=256, test_examples=6),
+    ]
+    mixture = RecallMixture(train=parts, test=parts)
+    metrics = mixture.metrics()
+    for batch in mixture.eval_batches("test"):
+        is_needle = "depth" in batch.slices
+        answers = solve_needle(batch.inputs) if is_needle else 0 * batch.inputs
+        if "rewritten" in batch.slices:
+            answers = solve_mqar(batch.inputs)
+        metrics.update(torch.nn.functional.one_hot(answers, 256).float(), batch)
+    results = metrics.compute()
+    # All are right but MQAR's: of 24 answers to it, 24 + 48 to the other and 6 needles.
+    assert results["accuracy"] == pytest.approx(78 / 102)
+    assert results["accuracy/pairs=4"] == 24 / 48
+    assert results["accuracy/length=64"] == 6 / 30
+    ones = {"pairs=8", "rewritten=0", "rewritten=1", "value_length=1", "length=128"}
+    assert {results[f"accuracy/{name}"] for name in ones} == {1.0}
+    assert any(name.startswith("accuracy/depth=") for name in results)
 
 
 def test_batches_are_pure_and_follow_the_mixtures_seed():

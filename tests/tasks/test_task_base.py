@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tasks import MQAR
+from tasks import MQAR, ForgettingMQAR, Needle
 from tasks.base import STREAMS
 from tasks.batch import IGNORE, deal
 
@@ -35,6 +35,12 @@ def task(request, make_text):
     if request.param == "text":
         return make_text(seed=3)
     return MQAR(batch_size=4, test_examples=10, test_pairs=[2, 8], seed=3)
+
+
+@pytest.mark.parametrize("kind", [MQAR, ForgettingMQAR, Needle])
+def test_a_recall_task_declares_the_slices_that_its_batches_have(kind):
+    recall = kind(batch_size=2)
+    assert recall.slice_values().keys() == recall.train_batch(0).slices.keys()
 
 
 def test_train_batch_is_pure_and_leaves_global_random_state_alone(task):
