@@ -11,6 +11,7 @@ from layers.matrix_memory import MatrixMemory, MatrixState, Operands
 from layers.memory_as_context import MemoryAsContext
 from layers.memory_as_gate import MemoryAsGate
 from layers.memory_as_layer import MemoryAsLayer
+from layers.mixture_of_memories import MixtureOfMemories, MixtureState
 from layers.protocol import (
     Layer,
     LayerList,

@@ -174,24 +174,26 @@ class MatrixMemory(Memory):
     def forward(self, x: Float[Tensor, "b t d"], state: MatrixState | None = None) -> Output:
         """Writes each token into the memory and reads the memory with its query."""
         state = self.init_state(len(x)) if state is None else state
-        qkv, raw = self._split_gates(self.in_proj(x))
+        y, state = self.read_written(x, state)
+        return Output(self.answer(y, x), state)
+
+    def read_written(
+        self, x: Float[Tensor, "b t d"], state: MatrixState
+    ) -> tuple[Float[Tensor, "b t h v"], MatrixState]:
+        """What each token reads after it has written, and the state after the last."""
+        qkv, raw = self.in_proj(x).tensor_split([sum(self.widths)], dim=-1)
         qkv, conv = self.convolve(qkv, state.conv)
         operands = self.operands(qkv, raw, self.positions(state.position, x.shape[1]))
         y, memory = self.remember(operands, state.memory)
         position = tuple(p + x.shape[1] for p in state.position)
-        return Output(self.answer(y, x), MatrixState(memory, conv, position))
+        return y, MatrixState(memory, conv, position)
 
     def recall(
         self, x: Float[Tensor, "b t d"], state: MatrixState | None = None
     ) -> Float[Tensor, "b t d"]:
         """What the memory as it stands, neither decayed nor corrected, holds for `x`'s queries."""
         state = self.init_state(len(x)) if state is None else state
-        q = F.linear(x, self.in_proj.weight[: self.widths[0]])
-        q = rearrange(F.silu(q) if self.silu else q, "b t (g k) -> b t g k", g=self.groups)
-        positions = None
-        if state.position:
-            positions = repeat(state.position[0], "b -> b t", t=x.shape[1])
-        return self.answer(self.read(self.features(q, positions), state.memory), x)
+        return self.answer(self.read(self.queries(x, state.position), state.memory), x)
 
     def init_state(self, batch_size: int) -> MatrixState:
         """An empty memory."""
@@ -209,6 +211,15 @@ class MatrixMemory(Memory):
         tail = 0 if self.conv is None else self.conv.state_size(seq_len)
         return memory + tail + (self.rotary_base is not None)
 
+    def queries(
+        self, x: Float[Tensor, "b t d"], position: tuple[Tensor, ...]
+    ) -> Float[Tensor, "b t g f"]:
+        """Queries without the convolution, all at the place of the next token."""
+        q = F.linear(x, self.in_proj.weight[: self.widths[0]])
+        q = rearrange(F.silu(q) if self.silu else q, "b t (g k) -> b t g k", g=self.groups)
+        positions = repeat(position[0], "b -> b t", t=x.shape[1]) if position else None
+        return self.features(q, positions)
+
     def convolve(self, qkv: Tensor, state: ConvState) -> tuple[Tensor, ConvState]:
         """The short convolution, if there is one."""
         if self.conv is None:
@@ -221,10 +232,6 @@ class MatrixMemory(Memory):
         if not position:
             return None
         return position[0][:, None] + torch.arange(tokens, device=position[0].device)
-
-    def _split_gates(self, projected: Tensor) -> tuple[Tensor, Tensor]:
-        inputs = sum(self.widths)
-        return projected[..., :inputs], projected[..., inputs:]
 
 
 @without_autocast
