@@ -20,7 +20,7 @@ unit: .venv/ready-dev ## two workers of one thread each: more threads would only
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 bench: .venv/ready
-	$(BIN)/python scripts/bench.py gated_delta
+	$(BIN)/python scripts/bench.py matrix
 	$(BIN)/python scripts/bench.py harness
 
 .venv/ready: requirements.txt

@@ -1,4 +1,4 @@
-"""Run a benchmark by name: python scripts/bench.py gated_delta [--quick] [--json PATH].
+"""Run a benchmark by name: python scripts/bench.py matrix [--quick] [--json PATH].
 
 A benchmark is a module of `scripts/benchmarks/` with a `run(arguments)`.
 """
