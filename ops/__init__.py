@@ -3,11 +3,40 @@
 `OPS` lists them all: being in it is being tested and timed.
 """
 
-from ops import attention, gated_delta, short_convolution, test_time
+from ops import (
+    attention,
+    delta,
+    diagonal_decay,
+    diagonal_state_space,
+    gated_delta,
+    linear_attention,
+    long_convolution,
+    lstm,
+    scalar_decay,
+    selective_scan,
+    short_convolution,
+    slstm,
+    test_time,
+)
 from ops.registry import Op
 
 __all__ = ["OPS", "Op"]
 
 OPS: dict[str, Op] = {
-    op.name: op for op in (attention.OP, gated_delta.OP, short_convolution.OP, test_time.OP)
+    op.name: op
+    for op in (
+        attention.OP,
+        delta.OP,
+        diagonal_decay.OP,
+        diagonal_state_space.OP,
+        gated_delta.OP,
+        linear_attention.OP,
+        long_convolution.OP,
+        lstm.OP,
+        scalar_decay.OP,
+        selective_scan.OP,
+        short_convolution.OP,
+        slstm.OP,
+        test_time.OP,
+    )
 }

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Routes(NamedTuple):
@@ -57,8 +58,8 @@ class Packing(NamedTuple):
     padded at its end.
 
     Attributes:
-        token: which token each place holds, as an index into the flat batch, `[M * B, L]`; any
-            where `present` is false.
+        token: which token each place holds, as an index into the flat batch, `[M * B, L]`; the
+            first of its row where `present` is false, so that no row ever holds another's.
         present: whether a place holds a token.
         place: where each token's k copies lie, as an index into the flat sequences, `[B, T, k]`.
         tokens: number of them in each sequence, `[M * B]`.
@@ -91,23 +92,30 @@ def pack(index: Int[Tensor, "b t k"], memories: int, *, multiple: int) -> Packin
     length = min(tokens, -(-fullest // multiple) * multiple)
     sequence = index * batch + torch.arange(batch, device=index.device)[:, None, None]
     place = sequence * length + order.gather(-1, index)
-    token = torch.zeros(memories * batch * length, dtype=torch.long, device=index.device)
     flat = torch.arange(batch * tokens, device=index.device).view(batch, tokens, 1)
+    token = flat[:, 0].repeat(memories, length).flatten()
     token[place.flatten()] = flat.expand_as(place).flatten()
     present = torch.arange(length, device=index.device) < count.mT.reshape(-1, 1)
     return Packing(token.view(-1, length), present, place, count.mT.flatten())
 
 
 def packed(x: Num[Tensor, "b t d"], packing: Packing) -> Num[Tensor, "mb l d"]:
-    """Tokens in their sequences; places without a token hold some token."""
+    """Tokens in their sequences; places without a token hold the first of their row."""
     rows = x.flatten(0, 1).index_select(0, packing.token.flatten())
     return rows.view(*packing.token.shape, x.shape[-1])
 
 
-def unpacked(y: Float[Tensor, "mb l d"], packing: Packing) -> Float[Tensor, "b t k d"]:
-    """What each token's k copies have become."""
-    rows = y.flatten(0, 1).index_select(0, packing.place.flatten())
-    return rows.view(*packing.place.shape, y.shape[-1])
+def unpacked(
+    y: Float[Tensor, "mb l d"], packing: Packing, weight: Float[Tensor, "b t k"]
+) -> Float[Tensor, "b t d"]:
+    """What each token's k copies have become, weighted and summed."""
+    bags = F.embedding_bag(  # gathers, weights and sums in one pass, and so does its gradient
+        packing.place.flatten(0, 1),
+        y.flatten(0, 1),
+        mode="sum",
+        per_sample_weights=weight.flatten(0, 1).to(y.dtype),
+    )
+    return bags.view(*weight.shape[:2], y.shape[-1])
 
 
 def _members(index: Tensor, memories: int) -> Tensor:

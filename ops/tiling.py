@@ -35,9 +35,9 @@ class Tiling:
 
     @classmethod
     def of(cls, k: Tensor, v: Tensor, chunk: int, dtype: torch.dtype) -> "Tiling":
-        """The tiling of a sequence with keys [B, T, H, K] and values [B, T, H, V]."""
+        """The tiling of a sequence with keys [B, T, ..., K] and values [B, T, H, V]."""
         width = max(chunk, k.shape[-1], v.shape[-1])
-        batch, tokens, heads, _ = k.shape
+        batch, tokens, heads, _ = v.shape
         return cls(batch, tokens, heads, chunk, width, dtype)
 
     @property
@@ -55,9 +55,14 @@ class Tiling:
         """Number of independent states, M."""
         return self.batch * self.heads
 
-    def segments(self) -> list[slice]:
-        """Ranges of chunks that are processed together, in order."""
-        step = max(1, _SEGMENT_NUMBERS // (self.memories * self.chunk * self.width))
+    def segments(self, numbers: int | None = None) -> list[slice]:
+        """Ranges of chunks that are processed together, in order.
+
+        Args:
+            numbers: Numbers per tensor of a segment, where the usual count does not suit.
+        """
+        numbers = _SEGMENT_NUMBERS if numbers is None else numbers
+        step = max(1, numbers // (self.memories * self.chunk * self.width))
         return [slice(i, min(i + step, self.chunks)) for i in range(0, self.chunks, step)]
 
     def view(self, x: Tensor, part: slice) -> Tensor:
@@ -81,7 +86,7 @@ class Tiling:
 
     def write(self, out: Tensor, tiles: Tensor, part: slice) -> None:
         """Write tiles [N * M, C, D] to chunks `part` of out [B, T, H, D], padding dropped."""
-        tiles = tiles.unflatten(0, (-1, self.batch, self.heads))
+        tiles = tiles.unflatten(0, (-1, self.batch, out.shape[2]))
         if part.stop * self.chunk <= self.tokens:
             self.view(out, part).copy_(tiles)
             return

@@ -10,16 +10,23 @@ from ops.gated_delta.chunk import check_chunk_size, gated_delta_chunk
 from ops.gated_delta.naive import gated_delta_naive
 from ops.registry import Op
 
-__all__ = ["OP", "gated_delta", "gated_delta_chunk", "gated_delta_naive"]
+__all__ = [
+    "OP",
+    "RECURRENT_UP_TO",
+    "check_chunk_size",
+    "gated_delta",
+    "gated_delta_chunk",
+    "gated_delta_naive",
+]
 
-_RECURRENT_UP_TO = 2  # tokens; one step costs a few small products, a chunk some sixty calls
+RECURRENT_UP_TO = 2  # tokens; one step costs a few small products, a chunk some sixty calls
 
 
 def gated_delta(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],
     v: Float[Tensor, "B T H V"],
-    g: Float[Tensor, "B T H"],
+    g: Float[Tensor, "B T H"] | None,
     beta: Float[Tensor, "B T H"],
     state: Float[Tensor, "B H K V"] | None = None,
     *,
@@ -34,7 +41,7 @@ def gated_delta(
     """
     check_chunk_size(chunk_size)
     tokens = k.shape[1]
-    if tokens <= _RECURRENT_UP_TO:
+    if tokens <= RECURRENT_UP_TO:
         return gated_delta_naive(q, k, v, g, beta, state, scale=scale)
     while chunk_size >= 2 * tokens and chunk_size > 4:
         chunk_size //= 2

@@ -3,12 +3,14 @@
 The derivation, cost and measurements are in the README beside this file; names follow it. All
 work is on stacks of tiles [N * M, ...]: N chunks by M = B * H memories, chunks outermost. One
 product serves queries and keys where it can: `x` holds the scaled queries above the keys times
--beta, and everything that follows from it has 2C rows.
+-beta, and everything that follows from it has 2C rows. Without decay, what decays scale is left
+alone rather than multiplied by one.
 
 Shapes: B batch, T time, H heads, K key width, V value width, C chunk, N chunks, M = B * H.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,27 +23,57 @@ from ops.tiling import Tiling
 from ops.triangular import inverse_of_one_minus
 
 
-class _Gates(NamedTuple):
-    """Gates in tiles [N * M, C, 1]; decays are powers of 2, as exp is slow where it underflows."""
+class _Decay(NamedTuple):
+    """Decays in tiles [N * M, C, 1], powers of 2, as exp is slow where it underflows."""
 
     log: Tensor  # G, inclusive sum of the base-2 log decays since the chunk's first token
-    since: Tensor  # 2^G, decay from before the chunk to each token
+    since: Tensor  # 2^G, decay from before the chunk to each token; twice, [N * M, 2C, 1], as in x
     until: Tensor  # 2^(G_C - G), decay from each token to the chunk's end
     whole: Tensor  # 2^(G_C), [N * M, 1, 1]
-    beta: Tensor
 
     @classmethod
-    def of(cls, g: Tensor, beta: Tensor, tiling: Tiling) -> "_Gates":
-        """Gates of all chunks, from g and beta [B, T, H]."""
+    def of(cls, g: Tensor, tiling: Tiling) -> "_Decay":
+        """Decays of all chunks, from g [B, T, H]."""
         log = tiling.tiles(g[..., None], tiling.all).mul(math.log2(math.e)).cumsum(1)
         last = log[:, -1:]
+        return cls(log, log.exp2().repeat(1, 2, 1), (last - log).exp2(), last.exp2())
+
+    def between(self) -> Tensor:
+        """Decay 2^(G_i - G_j) from token j to token i >= j, 0 for i < j, [N * M, 1, C, C]."""
+        # Masked before exp2 so that no exponent is positive, and after it to leave exact zeros.
+        return (self.log - self.log.mT).tril_().exp2_().tril_()[:, None]
+
+
+class _Gates(NamedTuple):
+    """Gates in tiles."""
+
+    beta: Tensor  # [N * M, C, 1]
+    decay: _Decay | None
+
+    @classmethod
+    def of(cls, g: Tensor | None, beta: Tensor, tiling: Tiling) -> "_Gates":
+        """Gates of all chunks, from g and beta [B, T, H]."""
         beta = tiling.tiles(beta[..., None], tiling.all)
-        return cls(log, log.exp2(), (last - log).exp2(), last.exp2(), beta)
+        return cls(beta, None if g is None else _Decay.of(g, tiling))
 
     def part(self, part: slice, memories: int) -> "_Gates":
         """Gates of some chunks."""
         rows = slice(part.start * memories, part.stop * memories)
-        return _Gates(*(x[rows] for x in self))
+        decay = None if self.decay is None else _Decay(*(x[rows] for x in self.decay))
+        return _Gates(self.beta[rows], decay)
+
+    def mask(self) -> Tensor:
+        """Factors on the scores [N * M, 2, C, C]: decays, 0 above the diagonal."""
+        if self.decay is not None:
+            return self.decay.between()
+        side = self.beta.shape[1]
+        return self.beta.new_ones(side, side).tril_()
+
+    def wholes(self, memories: int) -> Sequence[Tensor | None]:
+        """Decay over each chunk."""
+        if self.decay is not None:
+            return self.decay.whole.split(memories)
+        return [None] * (len(self.beta) // memories)
 
 
 class _Operands(NamedTuple):
@@ -49,9 +81,8 @@ class _Operands(NamedTuple):
 
     x: Tensor  # [N * M, 2C, K], scaled queries above keys times -beta
     k: Tensor  # [N * M, C, K]
-    decay: Tensor  # [N * M, 1, C, C], 2^(G_i - G_j) for i >= j, 0 above the diagonal
-    scores: Tensor  # [N * M, 2, C, C], x k^T times decay: what is read, what is corrected
-
+    mask: Tensor
+    scores: Tensor  # [N * M, 2, C, C], x k^T times mask: what is read, what is corrected
     inverse: Tensor  # [N * M, C, C], of one minus the corrections: the solve within a chunk
 
     @classmethod
@@ -62,10 +93,9 @@ class _Operands(NamedTuple):
         torch.mul(q, scale, out=x[..., :c, :])
         torch.mul(k, gates.beta.neg().view(n, b, h, c, 1), out=x[..., c:, :])
         x, k = x.view(-1, 2 * c, width), k.reshape(-1, c, width)
-        # Masked before exp2 so that no exponent is positive, and after it to leave exact zeros.
-        decay = (gates.log - gates.log.mT).tril_().exp2_().tril_()[:, None]
-        scores = torch.bmm(x, k.mT).view(-1, 2, c, c).mul_(decay)
-        return cls(x, k, decay, scores, inverse_of_one_minus(scores[:, 1]))
+        mask = gates.mask()
+        scores = torch.bmm(x, k.mT).view(-1, 2, c, c).mul_(mask)
+        return cls(x, k, mask, scores, inverse_of_one_minus(scores[:, 1]))
 
 
 def _forward_segment(
@@ -73,16 +103,18 @@ def _forward_segment(
 ) -> tuple[Tensor, Tensor]:
     """Outputs [N * M, C, V] and states [N + 1, M, K, V] of a segment; overwrites ops.x and v."""
     m, c = len(state), v.shape[1]
-    xs = ops.x.mul_(gates.since.repeat(1, 2, 1))
-    target, written = v.mul_(gates.beta), ops.k * gates.until
+    xs, target, written = ops.x, v.mul_(gates.beta), ops.k
+    if gates.decay is not None:
+        xs, written = xs.mul_(gates.decay.since), written * gates.decay.until
     u = torch.empty_like(v)
     s = state.new_empty(len(v) // m + 1, *state.shape)
     s[0] = state
-    operands = (target, xs[:, c:], ops.inverse, u, gates.whole, written.mT)
-    chunks = zip(*(x.split(m) for x in operands), s[:-1], s[1:], strict=True)
-    for target_n, read, inverse, u_n, whole, write, before, after in chunks:
+    operands = (target, xs[:, c:], ops.inverse, u, written.mT)
+    chunks = zip(*(x.split(m) for x in operands), gates.wholes(m), s[:-1], s[1:], strict=True)
+    for target_n, read, inverse, u_n, write, whole, before, after in chunks:
         torch.bmm(inverse, target_n.baddbmm_(read, before), out=u_n)
-        torch.mul(before, whole, out=after).baddbmm_(write, u_n)
+        kept = before if whole is None else torch.mul(before, whole, out=after)
+        torch.baddbmm(kept, write, u_n, out=after)
     y = torch.bmm(xs[:, :c], s[:-1].flatten(0, 1)).baddbmm_(ops.scores[:, 0], u)
     return y, s
 
@@ -92,16 +124,20 @@ def _backward_scan(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the solves' right sides [N * M, C, V] and of the states [N + 1, M, K, V]."""
     m, c = len(dstate), dy.shape[1]
-    du, written = torch.bmm(ops.scores[:, 0].mT, dy), ops.k * gates.until
+    du = torch.bmm(ops.scores[:, 0].mT, dy)
+    written = ops.k if gates.decay is None else ops.k * gates.decay.until
     dr = torch.empty_like(du)
     ds = dstate.new_empty(len(dy) // m + 1, *dstate.shape)
     torch.bmm(xs[:, :c].mT, dy, out=ds[:-1].flatten(0, 1))
     ds[-1] = dstate
-    operands = (du, written, ops.inverse.mT, dr, gates.whole, xs[:, c:].mT)
-    chunks = list(zip(*(x.split(m) for x in operands), ds[:-1], ds[1:], strict=True))
-    for du_n, write, inverse, dr_n, whole, read, before, after in reversed(chunks):
+    operands = (du, written, ops.inverse.mT, dr, xs[:, c:].mT)
+    chunks = list(
+        zip(*(x.split(m) for x in operands), gates.wholes(m), ds[:-1], ds[1:], strict=True)
+    )
+    for du_n, write, inverse, dr_n, read, whole, before, after in reversed(chunks):
         torch.bmm(inverse, du_n.baddbmm_(write, after), out=dr_n)
-        before.addcmul_(after, whole).baddbmm_(read, dr_n)
+        before = before.add_(after) if whole is None else before.addcmul_(after, whole)
+        before.baddbmm_(read, dr_n)
     return dr, ds
 
 
@@ -111,7 +147,7 @@ class _Grads(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    g: Tensor
+    g: Tensor | None
     beta: Tensor
     state: Tensor
 
@@ -122,7 +158,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _decay_gradient(
-    gates: _Gates, read: Tensor, written: Tensor, passed: Tensor, carried: Tensor
+    whole: Tensor, read: Tensor, written: Tensor, passed: Tensor, carried: Tensor
 ) -> Tensor:
     """Gradient [N * M, C, 1] of g from the shares of the result that its decays scale.
 
@@ -132,39 +168,43 @@ def _decay_gradient(
     """
     dg = (read - written).flip(1).cumsum(1).flip(1)
     dg[:, 1:] += passed[:, :-1].cumsum(1)
-    return dg.add_(gates.whole * carried)
+    return dg.add_(whole * carried)
 
 
 def _backward_segment(
     ops: _Operands, s: Tensor, v: Tensor, gates: _Gates, dy: Tensor, dstate: Tensor
 ) -> _Grads:
     """Gradients of a segment from those of its outputs and last state; q's lacks the scale."""
-    x, k, c = ops.x, ops.k, dy.shape[1]
-    since = gates.since.repeat(1, 2, 1)
-    xs, before = x * since, s[:-1].flatten(0, 1)
+    x, k, c, decay = ops.x, ops.k, dy.shape[1], gates.decay
+    xs, before = x if decay is None else x * decay.since, s[:-1].flatten(0, 1)
     u = torch.bmm(ops.inverse, (v * gates.beta).baddbmm_(xs[:, c:], before))
     dr, ds = _backward_scan(ops, xs, gates, dy, dstate)
     after = ds[1:].flatten(0, 1)
 
     rows = torch.cat((dy, dr), 1)  # gradients of what the rows of x read
-    dscores = torch.bmm(rows, u.mT).view(-1, 2, c, c).mul_(ops.decay)
+    dscores = torch.bmm(rows, u.mT).view(-1, 2, c, c).mul_(ops.mask)
     diagonal = dscores.diagonal(0, -2, -1)
     own = diagonal[:, 0, :, None].clone()  # a token reading its own write: no decay is involved
     diagonal.zero_()
     dscores = dscores.view(-1, 2 * c, c)
-    dx = torch.bmm(dscores, k).baddbmm_(rows.mul_(since), before.mT)
+    rows = rows if decay is None else rows.mul_(decay.since)
+    dx = torch.bmm(dscores, k).baddbmm_(rows, before.mT)
     dk = torch.bmm(dscores.mT, x)
     dwritten = torch.bmm(u, after.mT)
 
     dq, dread = dx[:, :c], dx[:, c:]
     corrected = _dot(k, dread)
-    read = _dot(x[:, :c], dq) - corrected * gates.beta
-    passed = _dot(k, dwritten) * gates.until
-    carried = (before * after).sum((1, 2), keepdim=True)
-    dg = _decay_gradient(gates, read, _dot(k, dk), passed, carried)
     dbeta = _dot(v, dr) - corrected
-    dk.addcmul_(dwritten, gates.until).addcmul_(dread, gates.beta, value=-1)
-    dk.addcmul_(own, x[:, :c])
+    dg = None
+    if decay is None:
+        dk.add_(dwritten)
+    else:
+        read = _dot(x[:, :c], dq) - corrected * gates.beta
+        passed = _dot(k, dwritten) * decay.until
+        carried = (before * after).sum((1, 2), keepdim=True)
+        dg = _decay_gradient(decay.whole, read, _dot(k, dk), passed, carried)
+        dk.addcmul_(dwritten, decay.until)
+    dk.addcmul_(dread, gates.beta, value=-1).addcmul_(own, x[:, :c])
     dq.addcmul_(own, k)
     return _Grads(dq, dk, dr.mul_(gates.beta), dg, dbeta, ds[0])
 
@@ -181,7 +221,7 @@ class _GatedDelta(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        g: Tensor,
+        g: Tensor | None,
         beta: Tensor,
         state: Tensor,
         scale: float,
@@ -210,8 +250,7 @@ class _GatedDelta(torch.autograd.Function):
         q, k, v, g, beta, *kept = ctx.saved_tensors
         tiling: Tiling = ctx.tiling
         gates = _Gates.of(g, beta, tiling)
-        grads = [x.new_empty(x.shape) for x in (q, k, v, g, beta)]
-        outs = [*grads[:3], grads[3][..., None], grads[4][..., None]]
+        grads = [None if x is None else x.new_empty(x.shape) for x in (q, k, v, g, beta)]
         ds = dstate.flatten(0, 1)
         for part, s in reversed(list(zip(tiling.segments(), kept, strict=True))):
             gate = gates.part(part, tiling.memories)
@@ -219,8 +258,9 @@ class _GatedDelta(torch.autograd.Function):
             v_n, dy_n = tiling.tiles(v, part), tiling.tiles(dy, part)
             grad = _backward_segment(ops, s, v_n, gate, dy_n, ds)
             grad.q.mul_(ctx.scale)
-            for out, tiles in zip(outs, grad[:5], strict=True):
-                tiling.write(out, tiles, part)
+            for out, tiles in zip(grads, grad[:5], strict=True):
+                if out is not None and tiles is not None:
+                    tiling.write(out if out.ndim == 4 else out[..., None], tiles, part)
             ds = grad.state
         return (*grads, ds.view(dstate.shape), None, None, None)
 
@@ -237,7 +277,7 @@ def gated_delta_chunk(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],
     v: Float[Tensor, "B T H V"],
-    g: Float[Tensor, "B T H"],
+    g: Float[Tensor, "B T H"] | None,
     beta: Float[Tensor, "B T H"],
     state: Float[Tensor, "B H K V"] | None = None,
     *,
@@ -256,7 +296,7 @@ def gated_delta_chunk(
         q: Queries.
         k: Keys.
         v: Values.
-        g: Natural logarithm of the decay, at most 0.
+        g: Natural logarithm of the decay, at most 0; None for no decay, which also costs less.
         beta: Strength of each write.
         state: State before the first token, fp32 (fp64 for fp64 inputs); zeros when None.
         scale: Factor on the read; K ** -0.5 when None.
@@ -276,5 +316,5 @@ def gated_delta_chunk(
         batch, _, heads, width = k.shape
         state = v.new_zeros(batch, heads, width, v.shape[-1], dtype=dtype)
     tensors = (q, k, v, g, beta, state.to(dtype))
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None)
     return _GatedDelta.apply(*tensors, scale, chunk_size, keep)

@@ -15,7 +15,7 @@ def gated_delta_naive(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],
     v: Float[Tensor, "B T H V"],
-    g: Float[Tensor, "B T H"],
+    g: Float[Tensor, "B T H"] | None,
     beta: Float[Tensor, "B T H"],
     state: Float[Tensor, "B H K V"] | None = None,
     *,
@@ -34,7 +34,7 @@ def gated_delta_naive(
         q: Queries.
         k: Keys. Nothing is normalised here; with b_t in [0, 2] the state is stable for |k_t| = 1.
         v: Values.
-        g: Natural logarithm of the decay, at most 0.
+        g: Natural logarithm of the decay, at most 0; None for no decay.
         beta: Strength of each write; 0 leaves the decayed state alone, 1 replaces what was stored.
         state: State before the first token, fp32 (fp64 for fp64 inputs); zeros when None.
         scale: Factor on the read; K ** -0.5 when None.
@@ -48,6 +48,7 @@ def gated_delta_naive(
     batch, _, heads, width = k.shape
     if state is None:
         state = v.new_zeros(batch, heads, width, v.shape[-1], dtype=dtype)
+    g = torch.zeros_like(beta) if g is None else g
     s, out = state.to(dtype), []
     for q_t, k_t, v_t, g_t, b_t in zip(
         *(x.to(dtype).unbind(1) for x in (q, k, v, g, beta)), strict=True

@@ -1,0 +1,96 @@
+"""The diagonal state space of S4D: channels through damped oscillators, the same at every token."""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ops.diagonal_state_space.chunk import check, diagonal_state_space_chunk
+from ops.diagonal_state_space.naive import diagonal_state_space_naive
+from ops.registry import Op
+
+__all__ = ["OP", "diagonal_state_space", "diagonal_state_space_chunk", "diagonal_state_space_naive"]
+
+_RECURRENT_UP_TO = 2  # tokens
+
+
+def diagonal_state_space(
+    x: Float[Tensor, "B T D"],
+    A: Float[Tensor, "D M 2"],
+    B: Float[Tensor, "D M 2"],
+    C: Float[Tensor, "D M 2"],
+    step: Float[Tensor, "D"],
+    state: Float[Tensor, "B D M 2"] | None = None,
+    *,
+    chunk_size: int = 64,
+) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B D M 2"]]:
+    """Compute the diagonal state space in the form that is cheapest for the size given.
+
+    One or two tokens (decoding) go through `diagonal_state_space_naive`, more through
+    `diagonal_state_space_chunk`; both compute the same function, to rounding. Arguments, results
+    and errors are those of the chunked form. Chunks are halved while their square exceeds B T, as
+    the maps of a chunk cost M C numbers a channel, and the states between chunks M B T / C.
+    """
+    check(x, A, B, C, step, chunk_size)
+    batch, tokens, _ = x.shape
+    if tokens <= _RECURRENT_UP_TO:
+        return diagonal_state_space_naive(x, A, B, C, step, state)
+    while chunk_size**2 > batch * tokens and chunk_size > 1:
+        chunk_size //= 2
+    return diagonal_state_space_chunk(x, A, B, C, step, state, chunk_size=chunk_size)
+
+
+def _inputs(
+    generator: torch.Generator,
+    batch: int,
+    length: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    regime: str = "typical",
+    channels: int = 256,
+    modes: int = 32,
+) -> dict[str, Any]:
+    """Normal inputs, reads and start state, writes around 1, and the rates and steps of a regime.
+
+    "typical" are the rates S4D-Lin, -1/2 + i pi n, and steps of 0.001 to 0.1. "fast" are real rates
+    from -1 to -M at steps of 1 to 30: most of what is written is gone within a token.
+    """
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    unit = torch.rand(channels, generator=generator, dtype=torch.float64)
+    mode = torch.arange(modes, dtype=torch.float64)
+    rate, step = {
+        "typical": ((torch.full_like(mode, -0.5), math.pi * mode), 1e-3 * 100**unit),
+        "fast": ((-1 - mode, torch.zeros_like(mode)), 30**unit),
+    }[regime]
+    tensors = {
+        "x": normal(batch, length, channels),
+        "A": torch.stack(rate, -1).repeat(channels, 1, 1),
+        "B": 0.1 * normal(channels, modes, 2) + torch.tensor([1.0, 0.0]),
+        "C": normal(channels, modes, 2),
+        "step": step,
+    }
+    state = normal(batch, channels, modes, 2).to(torch.promote_types(dtype, torch.float32))
+    return {name: v.to(dtype) for name, v in tensors.items()} | {"state": state}
+
+
+def _flops(inputs: dict[str, Any], chunk: int = 64) -> float:
+    """Operations of the forward pass: D (2 C + 8 M + 8 M / C) a token."""
+    modes = inputs["A"].shape[1]
+    return inputs["x"].numel() * (2.0 * chunk + 8 * modes + 8 * modes / chunk)
+
+
+OP = Op(
+    name="diagonal_state_space",
+    naive=diagonal_state_space_naive,
+    forms={"chunk": diagonal_state_space_chunk, "auto": diagonal_state_space},
+    inputs=_inputs,
+    regimes=("typical", "fast"),
+    odd_sizes={"channels": 7, "modes": 5},
+    flops=_flops,
+    timed=("x",),
+)

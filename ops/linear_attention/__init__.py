@@ -1,0 +1,95 @@
+"""Linear attention with a normaliser, and with a prefix that every query sees."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ops.linear_attention.chunk import linear_attention_chunk, with_prefix
+from ops.linear_attention.naive import Prefix, State, linear_attention_naive
+from ops.registry import Op
+from ops.scalar_decay.chunk import check_chunk_size
+
+__all__ = ["OP", "linear_attention", "linear_attention_chunk", "linear_attention_naive"]
+
+_RECURRENT_UP_TO = 2  # tokens; one step costs a few small products, a chunk some thirty calls
+
+
+def linear_attention(
+    q: Float[Tensor, "B T H F"],
+    k: Float[Tensor, "B T H F"],
+    v: Float[Tensor, "B T H V"],
+    state: State | None = None,
+    *,
+    prefix: Prefix | None = None,
+    eps: float = 1e-6,
+    chunk_size: int = 64,
+) -> tuple[Float[Tensor, "B T H V"], State]:
+    """Compute normalised linear attention in the form that is cheapest for the length given.
+
+    One or two tokens (decoding) go through `linear_attention_naive`, after the prefix, more through
+    `linear_attention_chunk`; both compute the same function, to rounding. Arguments and results are
+    those of the chunked form; a chunk is never longer than the sequence.
+    """
+    check_chunk_size(chunk_size)
+    if prefix is not None:
+        state = with_prefix(*prefix, state)
+    tokens = k.shape[1]
+    if tokens <= _RECURRENT_UP_TO:
+        return linear_attention_naive(q, k, v, state, eps=eps)
+    return linear_attention_chunk(q, k, v, state, eps=eps, chunk_size=min(chunk_size, tokens))
+
+
+def _inputs(
+    generator: torch.Generator,
+    batch: int,
+    length: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    regime: str = "typical",
+    heads: int = 4,
+    key: int = 64,
+    value: int = 64,
+    prefix: int = 37,
+) -> dict[str, Any]:
+    """Features elu(x) + 1 of normal x, normal values, and a state that five tokens have left."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def features(tokens: int) -> Tensor:
+        return torch.nn.functional.elu(normal(batch, tokens, heads, key)) + 1
+
+    def values(tokens: int) -> Tensor:
+        return normal(batch, tokens, heads, value)
+
+    names = {"q": features(length), "k": features(length), "v": values(length)}
+    inputs: dict[str, Any] = {name: x.to(dtype) for name, x in names.items()}
+    state = with_prefix(features(5), values(5), None)
+    inputs["state"] = tuple(x.to(torch.promote_types(dtype, torch.float32)) for x in state)
+    if regime == "prefix":
+        inputs["prefix"] = features(prefix).to(dtype), values(prefix).to(dtype)
+    return inputs
+
+
+def _flops(inputs: dict[str, Any], chunk: int = 64) -> float:
+    """Operations of the forward pass: H [2 C (F + V + 1) + 4 F (V + 1)] a token, and the prefix."""
+    batch, tokens, heads, features = inputs["k"].shape
+    width = inputs["v"].shape[-1] + 1
+    token = 2 * chunk * (features + width) + 4 * features * width
+    read_first = inputs["prefix"][0].shape[1] if "prefix" in inputs else 0
+    return batch * heads * (tokens * token + read_first * 2 * features * width)
+
+
+OP = Op(
+    name="linear_attention",
+    naive=linear_attention_naive,
+    forms={"chunk": linear_attention_chunk, "auto": linear_attention},
+    inputs=_inputs,
+    regimes=("typical", "prefix"),
+    odd_sizes={"heads": 3, "key": 12, "value": 20, "prefix": 17},
+    flops=_flops,
+    timed=("q", "k", "v"),
+    starts_empty=False,
+)

@@ -1,0 +1,80 @@
+"""Causal convolution with free kernels as long as the sequence."""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ops.long_convolution.blocks import check, long_convolution_blocks
+from ops.long_convolution.naive import long_convolution_naive
+from ops.registry import Op
+
+__all__ = ["OP", "long_convolution", "long_convolution_blocks", "long_convolution_naive"]
+
+_RECURRENT_UP_TO = 4  # tokens; each sums over the whole state, a block transforms it
+
+
+def long_convolution(
+    x: Float[Tensor, "B T D"],
+    kernel: Float[Tensor, "D L"],
+    state: Float[Tensor, "B S D"] | None = None,
+) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B S_new D"]]:
+    """Compute the long convolution in the form that is cheapest for the length given.
+
+    Up to four tokens (decoding) go through `long_convolution_naive`, more through
+    `long_convolution_blocks`; both compute the same function, to rounding. Arguments, results and
+    errors are those of the blocked form.
+    """
+    check(x, kernel, state)
+    if x.shape[1] <= _RECURRENT_UP_TO:
+        return long_convolution_naive(x, kernel, state)
+    return long_convolution_blocks(x, kernel, state)
+
+
+def _inputs(
+    generator: torch.Generator,
+    batch: int,
+    length: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    regime: str = "typical",
+    channels: int = 256,
+    taps: int | None = None,
+) -> dict[str, Any]:
+    """Normal inputs, kernels of unit gain that fade, and as many earlier inputs as a regime says.
+
+    By default there are as many taps as tokens. "typical" starts with a third of the state that it
+    will have, "full" with all of it; "one_tap" is a kernel without a memory.
+    """
+    taps = {"one_tap": 1}.get(regime, taps or length)
+    earlier = {"full": taps - 1}.get(regime, taps // 3)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    fading = torch.exp(-3 * torch.arange(taps, dtype=torch.float64) / taps)
+    kernel = normal(channels, taps) * fading / fading.norm()
+    tensors = {"x": normal(batch, length, channels), "kernel": kernel}
+    tensors["state"] = normal(batch, earlier, channels)
+    return {name: v.to(dtype) for name, v in tensors.items()}
+
+
+def _flops(inputs: dict[str, Any]) -> float:
+    """Operations of two transforms of 2T numbers a channel, as one FFT would need: 10 log2(2T)."""
+    x = inputs["x"]
+    return 10.0 * x.numel() * math.log2(2 * x.shape[1])
+
+
+OP = Op(
+    name="long_convolution",
+    naive=long_convolution_naive,
+    forms={"blocks": long_convolution_blocks, "auto": long_convolution},
+    inputs=_inputs,
+    regimes=("typical", "full", "one_tap"),
+    odd_sizes={"channels": 7, "taps": 75},
+    flops=_flops,
+    timed=("x",),
+    starts_empty=False,
+)

@@ -1,0 +1,63 @@
+"""The sLSTM with block-diagonal recurrence: exponential gates, a normaliser and a stabiliser."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ops.lstm import OP as LSTM
+from ops.lstm.scan import RECURRENT_UP_TO, check_weights
+from ops.registry import Op
+from ops.slstm.cell import slstm_scan
+from ops.slstm.naive import SLSTMState, slstm_naive
+
+__all__ = ["OP", "SLSTMState", "slstm", "slstm_naive", "slstm_scan"]
+
+
+def slstm(
+    wx: Float[Tensor, "B T 4 H D"],
+    r: Float[Tensor, "4 H D D"],
+    b: Float[Tensor, "4 H D"],
+    state: SLSTMState | None = None,
+) -> tuple[Float[Tensor, "B T H D"], SLSTMState]:
+    """Compute the sLSTM in the form that is cheapest for the length given.
+
+    One or two tokens (decoding) go through `slstm_naive`, more through `slstm_scan`; both compute
+    the same function, to rounding. Arguments and results are those of `slstm_scan`.
+    """
+    check_weights(wx, r, b)
+    form = slstm_naive if wx.shape[1] <= RECURRENT_UP_TO else slstm_scan
+    return form(wx, r, b, state)
+
+
+def _inputs(
+    generator: torch.Generator,
+    batch: int,
+    length: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    regime: str = "typical",
+    heads: int = 4,
+    width: int = 64,
+) -> dict[str, Any]:
+    """Inputs of the LSTM in the same regime, and a state as tokens leave it: |c| <= n, n >= 1."""
+    sizes = {"heads": heads, "width": width}
+    inputs = LSTM.inputs(generator, batch, length, dtype=dtype, regime=regime, **sizes)
+    h, c = inputs["state"]
+    n = 1 + torch.rand(h.shape, generator=generator, dtype=torch.float64).to(h.dtype)
+    m = torch.randn(h.shape, generator=generator, dtype=torch.float64).to(h.dtype)
+    return inputs | {"state": SLSTMState(h, c.tanh() * n, n, m)}
+
+
+OP = Op(
+    name="slstm",
+    naive=slstm_naive,
+    forms={"scan": slstm_scan, "auto": slstm},
+    inputs=_inputs,
+    regimes=("typical", "saturated"),
+    odd_sizes=LSTM.odd_sizes,
+    flops=LSTM.flops,
+    timed=("wx",),
+    starts_empty=False,
+)
