@@ -62,12 +62,14 @@ class Options:
     Attributes:
         seed: of initialisation, data order and dropout.
         run_dir: where the run writes; None picks `runs/<time>_<task>_<mixer>_seed<seed>`.
+        label: of the run's row in a table; it changes no result.
         compile: run the model through torch.compile.
         checkpoint_every: updates between two writes of `last.ckpt`.
     """
 
     seed: int = 0
     run_dir: str | None = None
+    label: str | None = None
     compile: bool = False
     checkpoint_every: int = 100
 

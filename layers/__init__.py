@@ -3,10 +3,17 @@
 An import line here is what puts a layer on the map.
 """
 
+from layers.bmojo import BMojo
 from layers.combinators import Parallel, Residual, Sequential
+from layers.cross_decoder import CrossDecoder
+from layers.delta_net import DeltaNet
 from layers.feed_forward import MLP, SwiGLU
 from layers.gated_convolution import GatedConvolution
 from layers.gated_delta_net import GatedDeltaNet
+from layers.gated_linear_attention import GatedLinearAttention
+from layers.gated_memory_unit import GatedMemoryUnit
+from layers.linear_attention import LinearAttention
+from layers.mamba2 import Mamba2
 from layers.matrix_memory import MatrixMemory, MatrixState, Operands
 from layers.memory_as_context import MemoryAsContext
 from layers.memory_as_gate import MemoryAsGate
@@ -19,6 +26,7 @@ from layers.protocol import (
     Output,
     Policy,
     Recipe,
+    SavingLayer,
     State,
     detach_state,
     is_loss,
@@ -31,8 +39,9 @@ from layers.protocol import (
     state_tensors,
 )
 from layers.registry import LAYERS, Entry, register
+from layers.retention import Retention
 from layers.short_convolution import ShortConvolution
 from layers.softmax_attention import SoftmaxAttention
 from layers.telemetry import Record, observe, observing, recording
 from layers.test_time_memory import TestTimeMemory
-from layers.test_time_parts import Features, Learner, Retention
+from layers.test_time_parts import Features, Forgetting, Learner

@@ -77,6 +77,7 @@ class MatrixMemory(Memory):
         gates: numbers that the gates need of each token.
         conv_size: taps of the short convolution over q, k and v; 1 for none.
         silu: SiLU on q, k and v after the convolution.
+        norm: RMSNorm of the answer per head.
         output_gate: multiply the answer by `silu(W_g x)`.
 
     Raises:
@@ -97,6 +98,7 @@ class MatrixMemory(Memory):
         gates: int = 0,
         conv_size: int = 1,
         silu: bool = False,
+        norm: bool = True,
         output_gate: bool = True,
     ) -> None:
         super().__init__()
@@ -110,7 +112,7 @@ class MatrixMemory(Memory):
         if conv_size != 1:
             self.conv = ShortConvolution(2 * keys + values, conv_size=conv_size)
         self.gate_proj = nn.Linear(d_model, values, bias=False) if output_gate else None
-        self.norm = nn.RMSNorm(value_dim)
+        self.norm = nn.RMSNorm(value_dim) if norm else None
         self.out_proj = nn.Linear(values, d_model, bias=False)
 
     # What a layer of the family defines.
@@ -166,7 +168,8 @@ class MatrixMemory(Memory):
         self, y: Float[Tensor, "b t h v"], x: Float[Tensor, "b t d"]
     ) -> Float[Tensor, "b t d"]:
         """What was read as an output: normalised per head, gated by `x`, mixed."""
-        y = rearrange(self.norm(y.to(self.norm.weight.dtype)), "b t h v -> b t (h v)")
+        y = y.to(self.out_proj.weight.dtype)
+        y = rearrange(y if self.norm is None else self.norm(y), "b t h v -> b t (h v)")
         if self.gate_proj is not None:
             y = y * F.silu(self.gate_proj(x))
         return self.out_proj(y)
@@ -176,6 +179,20 @@ class MatrixMemory(Memory):
         state = self.init_state(len(x)) if state is None else state
         y, state = self.read_written(x, state)
         return Output(self.answer(y, x), state)
+
+    @property
+    def saved_dim(self) -> int:
+        """Width of what is read: the values of all heads."""
+        return self.widths[2]
+
+    def forward_saving(
+        self, x: Float[Tensor, "b t d"], state: MatrixState | None = None
+    ) -> tuple[Output, Float[Tensor, "b t m"]]:
+        """As `forward`, with what was read, before it is normalised and gated."""
+        state = self.init_state(len(x)) if state is None else state
+        y, state = self.read_written(x, state)
+        saved = rearrange(y.to(self.out_proj.weight.dtype), "b t h v -> b t (h v)")
+        return Output(self.answer(y, x), state), saved
 
     def read_written(
         self, x: Float[Tensor, "b t d"], state: MatrixState
@@ -235,10 +252,13 @@ class MatrixMemory(Memory):
 
 
 @without_autocast
-def read_matrix(q: Float[Tensor, "b t g k"], memory: Float[Tensor, "b h k v"]) -> Tensor:
-    """Every query against the same memory, in its precision, over the root of the keys' width."""
+def read_matrix(
+    q: Float[Tensor, "b t g k"], memory: Float[Tensor, "b h k v"], scale: float | None = None
+) -> Tensor:
+    """Every query against the same memory, in its precision, times `scale`, K**-0.5 by default."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     q = repeat(q, "b t g k -> b t (g n) k", n=memory.shape[1] // q.shape[2])
-    return torch.einsum("bthk,bhkv->bthv", q.to(memory.dtype), memory) * q.shape[-1] ** -0.5
+    return torch.einsum("bthk,bhkv->bthv", q.to(memory.dtype), memory) * scale
 
 
 def head_size(d_model: int, heads: int) -> int:

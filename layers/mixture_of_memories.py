@@ -27,7 +27,7 @@ from ops.precision import without_autocast
 from ops.routing import Packing, Routes, balance_loss, load, pack, packed, route, unpacked
 
 _MULTIPLE = 64  # of which packed sequences are long: the chunk of the rules
-_HASH = 12.9898, 78.233, 43758.5453  # a well-known hash of small integers to fractions
+_HASH = 0x45D9F3B  # odd; products of it and 32 bits fit into 64
 
 
 class MixtureState(NamedTuple):
@@ -78,14 +78,14 @@ class MixtureOfMemories(Memory):
         memory: a matrix memory; its own projections are those of the shared memory, or of the first
             routed one if there is none.
         memories: M; default 4.
-        top_k: k; default 2.
+        top_k: k; default 2. With 1 all weights are one and the router learns from its losses alone.
         shared: a memory that every token writes, with weight one; default True.
         convolve: the memory's short convolution runs "after" routing (default), over the tokens of
             one memory, as in the paper; or "before", over the layer's input in the order of the
             text, in place of it. After routing, a token's neighbours are not those in the text, and
             keys cannot count on the token before.
         router: "learned" (default), or "random", which ignores the token: a hash of its position,
-            to measure what routing is worth.
+            to measure what routing is worth. It has no losses.
         balance_loss: weight of the loss `M sum_m f_m P_m`; default 0.01.
         z_loss: weight of the mean squared log partition of the router's logits; default 0.
 
@@ -212,8 +212,7 @@ class MixtureOfMemories(Memory):
             return at_least_fp32(x.new_zeros(*x.shape[:2], 1))
         places = position[0][:, None] + torch.arange(x.shape[1], device=x.device) * advance
         memory = torch.arange(self.memories, device=x.device)
-        angle = places[..., None].double() * _HASH[0] + memory * _HASH[1]
-        return (angle.sin() * _HASH[2]).frac().to(at_least_fp32(x).dtype)
+        return _hashed(places[..., None] * self.memories + memory, at_least_fp32(x).dtype)
 
     def _routed(self, x: Tensor, routes: Routes, state: MixtureState) -> tuple[Tensor, Any, Tensor]:
         """Weighted reads `[B, T, H, V]` of the routed memories, and what they hold after."""
@@ -222,8 +221,7 @@ class MixtureOfMemories(Memory):
         memories = map_state(_by_memory, state.memories)
         y, memories = self.base.remember(operands.masked(packing.present), memories)
         heads = y.shape[2:]
-        copies = unpacked(y.flatten(2), packing).unflatten(-1, heads)
-        y = torch.einsum("btkhv,btk->bthv", copies, routes.weight.to(copies.dtype))
+        y = unpacked(y.flatten(2), packing, routes.weight).unflatten(-1, heads)
         batch = len(x)
         return y, map_state(lambda s: _by_row(s, batch), memories), _by_row(tails, batch)
 
@@ -251,12 +249,14 @@ class MixtureOfMemories(Memory):
         return base.operands(qkv, raw, positions), tails
 
     def _aux(self, routes: Routes, logits: Tensor) -> dict[str, Tensor]:
-        """Losses of the router, and how evenly it loads the memories."""
+        """Losses of a router that learns, and how evenly it loads the memories."""
         if self.memories == 1:
             return {}
         share = load(routes) / self.top_k
         entropy = -torch.special.xlogy(routes.probability, routes.probability).sum(-1).mean()
         aux = {"load_max": share.max(), "load_min": share.min(), "router_entropy": entropy.detach()}
+        if self.router is None:
+            return aux
         if self.balance_loss:
             aux["loss_balance"] = self.balance_loss * balance_loss(routes)
         if self.z_loss:
@@ -272,6 +272,13 @@ class MixtureOfMemories(Memory):
 def _exact_linear(x: Tensor, weight: Tensor) -> Tensor:
     """A linear map in at least fp32."""
     return F.linear(at_least_fp32(x), at_least_fp32(weight))
+
+
+def _hashed(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Integers to fractions from -1 to 1 without a pattern: their bits shifted and multiplied."""
+    for _ in range(2):
+        numbers = (numbers ^ (numbers >> 16)) * _HASH & 0xFFFFFFFF
+    return ((numbers ^ (numbers >> 16)).double() / 2**31 - 1).to(dtype)
 
 
 def _spread(routes: Routes) -> Tensor:

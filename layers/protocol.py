@@ -12,7 +12,7 @@ A layer maps a sequence to a sequence and carries what it remembers in an explic
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -99,6 +99,23 @@ class Memory(Layer):
         what is asked is no part of the stream that is written.
         """
         raise TypeError(f"{type(self).__name__} does not define recall")
+
+
+@runtime_checkable
+class SavingLayer(Protocol):
+    """A layer that can hand on what it read, before its own gate and output projection.
+
+    Later layers read it at the same positions (`GatedMemoryUnit`), so it is no part of the state.
+    """
+
+    @property
+    def saved_dim(self) -> int:
+        """Width M of what is handed on."""
+
+    def forward_saving(
+        self, x: Float[Tensor, "b t d"], state: State = None
+    ) -> tuple[Output, Float[Tensor, "b t m"]]:
+        """What `forward` returns, and what was read, with its gradient."""
 
 
 def _layers_inside(module: nn.Module) -> Iterator[Layer]:

@@ -19,9 +19,9 @@ from layers.telemetry import observe, observing
 from layers.test_time_parts import (
     MAX_CHUNK_DECAY,
     Features,
+    Forgetting,
     Learner,
     PolynomialFeatures,
-    Retention,
 )
 from ops.test_time import (
     MLP,
@@ -71,14 +71,14 @@ class TestTimeState(NamedTuple):
     deep={
         "heads": 1,
         "memory": MLP(depth=3, expand=1, activation="silu"),
-        "retention": Retention("none"),
+        "retention": Forgetting("none"),
         "output_gate": False,
         "features": Features(conv_size=1),
     },
     average={
         "heads": 2,
         "memory": MLP(depth=1, bias=True),
-        "retention": Retention("none"),
+        "retention": Forgetting("none"),
         "learner": Learner(update="average", momentum=False, max_step=0.1),
         "features": Features(conv_size=1, silu=False, normalize=False, rope="chunk"),
         "chunk_size": 8,
@@ -87,7 +87,7 @@ class TestTimeState(NamedTuple):
         "heads": 2,
         "memory": SwiGLU(),
         "objective": DotProduct(),
-        "retention": Retention("none", boundary=RowNorm()),
+        "retention": Forgetting("none", boundary=RowNorm()),
         "learner": Learner(update="chunk", step_per_map=True),
         "features": Features(conv_size=1, rope="sequence"),
         "chunk_size": 8,
@@ -96,21 +96,21 @@ class TestTimeState(NamedTuple):
     lp={
         "heads": 2,
         "objective": LpError(),
-        "retention": Retention(boundary=LqNorm()),
+        "retention": Forgetting(boundary=LqNorm()),
         "learner": Learner(momentum=False, max_step=0.02),
         "chunk_size": 8,
     },
     huber={
         "heads": 2,
         "objective": Huber("clip"),
-        "retention": Retention("channel"),
+        "retention": Forgetting("channel"),
         "learner": Learner(momentum=False),
         "chunk_size": 8,
         "recompute": True,
     },
     mirror={
         "heads": 2,
-        "retention": Retention(boundary=Softmax(scale_of_unit=4.0)),
+        "retention": Forgetting(boundary=Softmax(scale_of_unit=4.0)),
         "learner": Learner(momentum=False),
         "chunk_size": 4,
         "read_before": True,
@@ -118,7 +118,7 @@ class TestTimeState(NamedTuple):
     slots={
         "heads": 2,
         "memory": Slots(slots=6, form="encode"),
-        "retention": Retention(boundary=UnitSlots()),
+        "retention": Forgetting(boundary=UnitSlots()),
         "learner": Learner(momentum=False),
         "chunk_size": 4,
     },
@@ -192,7 +192,7 @@ class TestTimeMemory(Memory):
         heads: int = 4,
         memory: MemoryNetwork = MLP(),  # noqa: B008  (frozen)
         objective: Objective = SquaredError(),  # noqa: B008
-        retention: Retention = Retention(),  # noqa: B008
+        retention: Forgetting = Forgetting(),  # noqa: B008
         learner: Learner = Learner(),  # noqa: B008
         chunk_size: int = 16,
         read_before: bool = False,

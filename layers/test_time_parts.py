@@ -54,7 +54,7 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Retention:
+class Forgetting:
     """How a memory forgets.
 
     Args:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from harness.build import build
 from harness.compose import CONFIG_DIR, compose_checked
-from layers import Features, Learner, Retention, TestTimeMemory, recording, state_tensors
+from layers import Features, Forgetting, Learner, TestTimeMemory, recording, state_tensors
 from layers.test_time_parts import PolynomialFeatures
 from ops.test_time import MLP, Matrix, Slots, UnitSlots
 from tests.helpers import assert_close, run_in_pieces
@@ -140,7 +140,7 @@ def test_channels_may_forget_all_within_a_chunk(memory):
         32,
         heads=2,
         memory=memory,
-        retention=Retention("channel", bias=20.0),
+        retention=Forgetting("channel", bias=20.0),
         learner=Learner(momentum=False),
     )
     y = layer(torch.randn(2, 64, 32)).y
@@ -153,7 +153,7 @@ def test_memory_writes_and_answers():
     """Shown the same pair again and again, the memory learns it; its surprise falls."""
     torch.manual_seed(0)
     layer = TestTimeMemory(
-        16, heads=1, retention=Retention("none"), features=Features(conv_size=1), chunk_size=4
+        16, heads=1, retention=Forgetting("none"), features=Features(conv_size=1), chunk_size=4
     )
     x = torch.randn(1, 1, 16).expand(1, 200, 16)
     with recording() as record, torch.no_grad():
@@ -221,7 +221,7 @@ class TestPolynomialFeatures:
         (
             {
                 "memory": Slots(5),
-                "retention": Retention(boundary=UnitSlots()),
+                "retention": Forgetting(boundary=UnitSlots()),
                 "features": Features(rope="sequence"),
             },
             "even key size, got 5",
