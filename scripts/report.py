@@ -10,9 +10,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from harness.cli import report_errors
 from scripts.reporting.columns import chosen_columns, default_columns
-from scripts.reporting.page import place, render
+from scripts.reporting.page import evaluation_commands, place, render, training_commands
 from scripts.reporting.rows import make_rows, naming_columns
 from scripts.reporting.runs import find_runs
+from scripts.reporting.sorting import sort_rows
 
 COLUMNS = """columns:
   best:METRIC           of the validation at which best.ckpt was kept, as best:accuracy
@@ -25,6 +26,7 @@ COLUMNS = """columns:
 examples:
   python scripts/report.py runs/2026-01-31_12-00-00_sweep
   python scripts/report.py runs --by mixer --columns best:accuracy,eval:accuracy@4x,tokens
+  python scripts/report.py runs --sort best:accuracy/budget.state_bytes
   python scripts/report.py runs/*mqar* --out docs/results/mqar.md --name mqar --title "MQAR"
 """
 
@@ -33,10 +35,10 @@ def report(arguments: Sequence[str]) -> None:
     """Makes the report that a command line asks for, and puts it into its file or prints it.
 
     Raises:
-        ReportError: no runs, an unknown column, a file without the markers.
+        ReportError: no runs, an unknown column, nothing to sort by, a file without the markers.
         RunError: a run directory that cannot be read.
     """
-    asked = _parser().parse_args(arguments)
+    asked = report_parser().parse_args(arguments)
     runs = find_runs(asked.runs)
     rows = make_rows(runs)
     named_by = naming_columns(rows, _words(asked.by))
@@ -44,15 +46,24 @@ def report(arguments: Sequence[str]) -> None:
     columns = (
         chosen_columns(words, runs, asked.split) if words else default_columns(runs, asked.split)
     )
-    command = shlex.join(["scripts/report.py", *arguments])
+    remarks = []
+    if asked.sort:
+        rows = sort_rows(rows, asked.sort, runs, asked.split)
+        remarks.append(f"Rows are sorted by {asked.sort}, the largest first.")
+    commands = [
+        *([] if asked.made_by else training_commands(rows)),
+        *evaluation_commands(rows, columns),
+        asked.made_by or shlex.join(["scripts/report.py", *arguments]),
+    ]
     title = f"### {asked.title}\n\n" if asked.title else ""
-    made = title + render(rows, named_by, columns, command)
+    made = title + render(rows, named_by, columns, commands, [*remarks, *asked.note])
     if asked.out:
         place(made, asked.out, asked.name)
     print(f"{asked.out}: report {asked.name!r} of {len(runs)} runs" if asked.out else made)
 
 
-def _parser() -> argparse.ArgumentParser:
+def report_parser() -> argparse.ArgumentParser:
+    """The command line of this program."""
     parser = argparse.ArgumentParser(
         prog="python scripts/report.py",
         description=f"{__doc__} A row is a group of runs that differ only in the seed.",
@@ -63,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--by", help="the options that name a row; else all that differ")
     parser.add_argument("--columns", help="what to show of each row; else metric and costs")
     parser.add_argument(
+        "--sort", metavar="EXPR", help="COLUMN or COLUMN/COLUMN: the row with the largest is first"
+    )
+    parser.add_argument(
         "--split",
         choices=["val", "test"],
         help="else val for the metric, and test for columns of evaluations",
@@ -70,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="put the table there")
     parser.add_argument("--name", default="table", help="of the table, in the file's markers")
     parser.add_argument("--title", help="a heading above the table")
+    parser.add_argument("--note", action="append", default=[], help="a remark below it; repeatable")
+    parser.add_argument(
+        "--made-by",
+        metavar="COMMAND",
+        help="the one command that trains these runs and makes this table; shown instead of theirs",
+    )
     return parser
 
 

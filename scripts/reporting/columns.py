@@ -47,11 +47,20 @@ class Column:
 
     def cell(self, row: Row) -> str:
         """The value of a row: the mean over seeds and the standard deviation between them."""
-        known_untrained = self.word.startswith(_BUDGET)
-        runs = row.runs if known_untrained else row.finished
-        values = [value for run in runs if (value := self.read(run)) is not None]
+        values, runs = self.values(row), self._runs(row)
         missing = f" ({len(values)} of {len(runs)})" if 0 < len(values) < len(runs) else ""
-        return together(values, measured=not known_untrained) + missing
+        return together(values, measured=not self._known_untrained) + missing
+
+    def values(self, row: Row) -> list[Any]:
+        """One value for each run of a row that has one."""
+        return [value for run in self._runs(row) if (value := self.read(run)) is not None]
+
+    def _runs(self, row: Row) -> Sequence[Run]:
+        return row.runs if self._known_untrained else row.finished
+
+    @property
+    def _known_untrained(self) -> bool:
+        return self.word.startswith(_BUDGET)
 
 
 def default_columns(runs: Sequence[Run], split: Split | None) -> list[Column]:
@@ -68,8 +77,10 @@ def default_columns(runs: Sequence[Run], split: Split | None) -> list[Column]:
     return [*metrics, *(_make(word, split) for word in COSTS)]
 
 
-def chosen_columns(words: Sequence[str], runs: Sequence[Run], split: Split | None) -> list[Column]:
-    """The columns that the command line names.
+def chosen_columns(
+    words: Sequence[str], runs: Sequence[Run], split: Split | None, option: str = "columns"
+) -> list[Column]:
+    """The columns that the command line names, in `option`.
 
     Raises:
         ReportError: a column of which no run has a value.
@@ -78,7 +89,7 @@ def chosen_columns(words: Sequence[str], runs: Sequence[Run], split: Split | Non
     for column in columns:
         if all(column.read(run) is None for run in runs):
             hint = " (eval.py run=RUN adds evaluations)" if column.evaluation else ""
-            problem = f"columns: no run has a value for {column.word!r}{hint}"
+            problem = f"{option}: no run has a value for {column.word!r}{hint}"
             raise ReportError(unknown(problem, column.word, _known(runs, split)))
     return columns
 

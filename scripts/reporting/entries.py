@@ -19,6 +19,7 @@ _WITHOUT_EFFECT = (
     "trainer.log_every_n_steps",
 )
 _ABSENT = "(absent)"
+_LABEL = "label"  # names a row; a run without one is as those before there were labels
 
 
 def flat(node: Any, path: str = "") -> dict[str, Any]:
@@ -34,7 +35,9 @@ def flat(node: Any, path: str = "") -> dict[str, Any]:
 def compared(config: Config) -> dict[str, Any]:
     """The entries that make two runs different experiments, rather than two seeds of one."""
     entries, _ = _without_seeds(flat({**config, "model": _referring(config)}))
-    return {path: v for path, v in entries.items() if not covered(path, _WITHOUT_EFFECT)}
+    unlabelled = [_LABEL] if entries.get(_LABEL) is None else []
+    left_out = [*_WITHOUT_EFFECT, *unlabelled]
+    return {path: v for path, v in entries.items() if not covered(path, left_out)}
 
 
 def seeds(config: Config) -> dict[str, Any]:

@@ -18,13 +18,26 @@ _SHOWN = 12  # digits of a commit
 
 
 def render(
-    rows: Sequence[Row], named_by: Sequence[str], columns: Sequence[Column], command: str
+    rows: Sequence[Row],
+    named_by: Sequence[str],
+    columns: Sequence[Column],
+    commands: Sequence[str],
+    remarks: Sequence[str] = (),
 ) -> str:
-    """The whole report but its title."""
+    """The whole report but its title.
+
+    Args:
+        rows: of the table, in order.
+        named_by: the options that name a row.
+        columns: what is shown of each.
+        commands: that made the report.
+        remarks: what else there is to say of the table, a sentence each.
+    """
+    notes = [*_notes(rows, named_by, columns), *remarks, *_provenance(rows, columns)]
     parts = [
         table(rows, named_by, columns),
-        _bullets([*_notes(rows, named_by, columns), *_provenance(rows, columns)]),
-        "\n".join(["```bash", *_commands(rows, columns), command, "```"]),
+        _bullets(notes),
+        "\n".join(["```bash", *commands, "```"]),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -42,6 +55,17 @@ def table(rows: Sequence[Row], named_by: Sequence[str], columns: Sequence[Column
         cells.insert(1, row.seeds)
         lines.append([*_name(row, named_by), *cells])
     return "\n".join(f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in lines)
+
+
+def training_commands(rows: Sequence[Row]) -> list[str]:
+    """What was typed to train, each once; where a run wrote makes no difference."""
+    runs = [run for row in rows for run in (*row.runs, *row.repeats)]
+    return _typed(run.summary["command"] for run in runs if "command" in run.summary)
+
+
+def evaluation_commands(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
+    """What was typed for the evaluations that figures are from."""
+    return _typed(evaluation["command"] for evaluation in _evaluations(rows, columns))
 
 
 def place(report: str, out: Path, name: str) -> None:
@@ -167,11 +191,7 @@ def _commit(name: str) -> str:
     return commit[:_SHOWN] + (" with uncommitted changes" if plus else "")
 
 
-def _commands(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
-    """What was typed, each once; where a run wrote makes no difference."""
-    runs = [run for row in rows for run in (*row.runs, *row.repeats)]
-    commands = [run.summary["command"] for run in runs if "command" in run.summary]
-    commands += [evaluation["command"] for evaluation in _evaluations(rows, columns)]
+def _typed(commands: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(_without_place(command) for command in commands))
 
 

@@ -95,6 +95,50 @@ def test_rows_are_named_by_what_differs_and_nothing_else(made, runs):
     assert "The rows differ in optimizer.lr, too." in by_hand
 
 
+def test_a_label_names_a_row_and_makes_it_another(made, runs):
+    train(runs / "labelled", "label=again")
+    rows = table(made(runs, "--columns", "steps"))
+    assert [(row["label"], row["seeds"]) for row in rows] == [("", "3"), ("again", "1"), ("", "1")]
+    train(runs / "swa2", "mixer=sliding_window", "label='a window, short'")
+    rows = table(made(runs / "labelled", runs / "swa2", "--by", "label"))
+    assert [row["label"] for row in rows] == ["again", "a window, short"]
+
+
+def test_a_run_from_before_there_were_labels_is_one_without(made, runs):
+    config = runs / "gdn1" / "config.yaml"
+    config.write_text(config.read_text().replace("label: null\n", ""))
+    assert "label" not in config.read_text()
+    assert table(made(runs))[0]["seeds"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("expression", "first"),
+    [
+        ("budget.parameters", "gated_deltanet"),
+        ("budget.parameters/budget.state_bytes", "sliding_window"),
+        ("metrics.val/loss", "gated_deltanet"),
+        ("metrics.val/loss/steps", "sliding_window"),
+        ("steps/steps_of_none", "gated_deltanet"),
+        ("best:accuracy", "sliding_window"),
+    ],
+)
+def test_rows_are_sorted_by_a_figure_or_a_quotient(made, runs, expression, first):
+    budgets = {"gdn": {"parameters": 100, "state_bytes": 10}, "swa": {"parameters": 60}}
+    budgets["swa"]["state_bytes"] = 3
+    losses = {"gdn0": 1.0, "gdn1": 2.0, "gdn2": 6.0, "swa": 2.5}
+    for name, loss in losses.items():
+        facts = {"budget": budgets[name[:3]], "metrics": {"val/loss": loss}}
+        status = "failed" if expression == "best:accuracy" and name != "swa" else "finished"
+        none = {"steps_of_none": 0 if name == "swa" else 1}
+        steps = 1 if name == "swa" else 2
+        RunDirectory(runs / name).write_summary(steps=steps, status=status, **facts, **none)
+    swa, gdn = runs / "swa", sorted(runs.glob("gdn*"))
+    for places in ([swa, *gdn], [*gdn, swa]):
+        text = made(*places, "--sort", expression)
+        assert table(text)[0]["mixer"] == first
+        assert f"- Rows are sorted by {expression}, the largest first.\n" in text
+
+
 def test_a_run_that_did_not_record_its_choices_goes_by_its_class(made, runs):
     for path in runs.glob("gdn*/summary.json"):
         summary = json.loads(path.read_text())
@@ -216,6 +260,19 @@ def test_provenance_is_below_and_commits_are_told_apart(made, runs):
     assert "\ntrain.py\n" in text, "where a run wrote is left out of its command"
 
 
+def test_one_command_can_stand_for_those_of_every_run(made, runs):
+    for i, path in enumerate(runs.glob("*/summary.json")):
+        RunDirectory(path.parent).write_summary(command=f"train.py seed={i}")
+    text = made(runs, "--made-by", "make table", "--note", "Two rows.", "--note", "No more.")
+    assert text.endswith("```bash\nmake table\n```\n")
+    assert "\n- Two rows.\n- No more.\n- Trained: " in text
+    rows = [json.loads(line) for line in (runs / "gdn0/evaluations.jsonl").open()]
+    lines = [json.dumps({**row, "command": "eval.py run=runs/gdn0"}) for row in rows]
+    (runs / "gdn0/evaluations.jsonl").write_text("\n".join(lines))
+    text = made(runs, "--made-by", "make table", "--columns", "eval:accuracy@32")
+    assert text.endswith("```bash\neval.py run=RUN\nmake table\n```\n")
+
+
 def test_a_run_knows_when_it_started(made, trained):
     started = json.loads((trained / "swa/summary.json").read_text())["started"]
     assert f"Trained: {started[:10]}" in made(trained / "swa")
@@ -264,6 +321,11 @@ def test_a_file_without_its_markers_is_left_alone(made, trained, tmp_path, text)
         (["--columns", "best:acuracy"], r"'best:acuracy'; known, nearest first: best:accuracy, "),
         (["--columns", "paramters"], r"nearest first: budget.parameters, "),
         (["--columns", "eval:accuracy@99"], r"eval.py run=RUN adds .* first: eval:accuracy@\d"),
+        (
+            ["--sort", "best:acuracy/steps"],
+            r"--sort: no run has a value for 'best:acuracy/steps'; ",
+        ),
+        (["--sort", "steps/hardware"], r"--sort: hardware is not a number: '"),
         (["--by", "mixr"], r"--by: no run has the option 'mixr'; known, nearest first: mixer, "),
         (["--by", "task"], r"--by task: these leave rows with equal names; .* differ in mixer"),
     ],

@@ -1,0 +1,106 @@
+"""Runs the training grid behind a table and makes the table.
+
+A file of scripts/reproductions/ says which runs a table is made of. Runs that have finished are not
+run again, and a run that was stopped goes on where it stopped: after any interruption, the same
+command continues.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from harness.cli import report_errors
+from harness.run_directory import RUNS, RunError
+from scripts.reporting.runs import unknown
+from scripts.reproducing.grid import Grid
+from scripts.reproducing.processes import Stopped
+from scripts.reproducing.reproduction import (
+    Reproduction,
+    ReproductionError,
+    about,
+    names,
+    read_reproduction,
+)
+from scripts.reproducing.table import make_table
+from scripts.reproducing.training import train
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Does what a command line asks for.
+
+    Returns:
+        The exit status: 1 if a run failed, 130 after Ctrl-C.
+
+    Raises:
+        ReproductionError: an unknown name or row, a file with mistakes, runs of other options.
+        ConfigError: options that train.py would refuse.
+        ReportError: a table that cannot be made.
+    """
+    asked = _parser().parse_args(arguments)
+    if asked.list:
+        _show()
+        return 0
+    if asked.name is None:
+        raise ReproductionError(f"name a reproduction; there are: {', '.join(names())}")
+    reproduction = read_reproduction(asked.name)
+    labels = [] if asked.report_only else _labels(reproduction, asked.rows)
+    grid = Grid(reproduction, asked.runs / asked.name)
+    grid.check(labels)
+    try:
+        failed = train(grid, labels, asked.jobs) if labels else []
+    except Stopped as stop:
+        print(f"\n{stop}; the same command goes on from here", file=sys.stderr)
+        return stop.exit_status
+    try:
+        make_table(asked.name, grid)
+    except RunError as error:
+        if not failed:
+            raise
+        print(error, file=sys.stderr)
+    if failed:
+        print(f"failed: {', '.join(str(job.path) for job in failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _labels(reproduction: Reproduction, listed: str | None) -> list[str]:
+    """The rows to train, in the order of the file."""
+    wanted = {word.strip() for word in listed.split(",")} if listed else set(reproduction.rows)
+    for label in sorted(wanted - set(reproduction.rows)):
+        raise ReproductionError(unknown(f"--rows: no row {label!r}", label, reproduction.rows))
+    return [label for label in reproduction.rows if label in wanted]
+
+
+def _show() -> None:
+    for name in names():
+        print(name, *(f"    {line}" for line in about(name)), sep="\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python scripts/reproduce.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", nargs="?", help="of a file in scripts/reproductions/")
+    parser.add_argument("--jobs", type=_positive, default=2, help="runs at a time; else 2")
+    parser.add_argument("--rows", metavar="LABEL,LABEL", help="train these only; else all")
+    parser.add_argument(
+        "--runs", type=Path, default=RUNS, help="where the runs go, in a folder NAME; else runs/"
+    )
+    parser.add_argument("--report-only", action="store_true", help="train nothing")
+    parser.add_argument("--list", action="store_true", help="what there is, and how long it takes")
+    return parser
+
+
+def _positive(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 on, got {word!r}")
+    return int(word)
+
+
+if __name__ == "__main__":
+    with report_errors():
+        sys.exit(main(sys.argv[1:]))

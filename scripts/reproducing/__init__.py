@@ -1,0 +1,1 @@
+"""From a file of scripts/reproductions/ to a table: what `scripts/reproduce.py` is made of."""
