@@ -91,5 +91,4 @@ OP = Op(
     odd_sizes={"heads": 3, "key": 12, "value": 20, "prefix": 17},
     flops=_flops,
     timed=("q", "k", "v"),
-    starts_empty=False,
 )

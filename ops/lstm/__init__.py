@@ -71,5 +71,4 @@ OP = Op(
     odd_sizes={"heads": 3, "width": 10},
     flops=_flops,
     timed=("wx",),
-    starts_empty=False,
 )

@@ -59,5 +59,4 @@ OP = Op(
     odd_sizes=LSTM.odd_sizes,
     flops=LSTM.flops,
     timed=("wx",),
-    starts_empty=False,
 )

@@ -96,7 +96,7 @@ def test_no_state_is_a_state_of_zeros(case):
     name, form = case
     op = OPS[name]
     inputs = make(op, 20)
-    zeros = inputs | {"state": torch.zeros_like(inputs["state"])}
+    zeros = inputs | {"state": tree_map_only(Tensor, torch.zeros_like, inputs["state"])}
     missing = {key: x for key, x in inputs.items() if key != "state"}
     for function in (op.naive, op.forms[form]):
         for key, expected in results(function, zeros).items():
