@@ -13,6 +13,22 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_BLOCK_NUMBERS = 2**17  # whose products are summed while they are in cache
+
+
+def _filter_gradient(history: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+    """`sum_{b, t} history[b, t + j] dy[b, t]` for each channel and tap j, block by block."""
+    batch, tokens, channels = dy.shape
+    dweight, span = torch.zeros_like(weight), max(1, _BLOCK_NUMBERS // channels)
+    rows = max(1, span // max(1, tokens))
+    for first in range(0, batch, rows):
+        for start in range(0, tokens, span):
+            part = dy[first : first + rows, start : start + span]
+            for j in range(weight.shape[1]):
+                seen = history[first : first + rows, start + j : start + j + part.shape[1]]
+                dweight[:, j] += (seen * part).sum((0, 1))
+    return dweight
+
 
 class _Taps(torch.autograd.Function):
     """Correlation of history [B, T + W - 1, D] with weight [D, W] along time."""
@@ -37,8 +53,7 @@ class _Taps(torch.autograd.Function):
             for j in taps:
                 dhistory[:, j : j + tokens].addcmul_(dy, weight[:, j])
         if ctx.needs_input_grad[1]:
-            shares = [(history[:, j : j + tokens] * dy).sum((0, 1)) for j in taps]
-            dweight = torch.stack(shares, 1)
+            dweight = _filter_gradient(history, dy, weight)
         return dhistory, dweight
 
 
