@@ -13,12 +13,15 @@ from layers.gated_delta_net import GatedDeltaNet
 from layers.gated_linear_attention import GatedLinearAttention
 from layers.gated_memory_unit import GatedMemoryUnit
 from layers.linear_attention import LinearAttention
+from layers.long_conv import LongConv
+from layers.mamba import Mamba
 from layers.mamba2 import Mamba2
 from layers.matrix_memory import MatrixMemory, MatrixState, Operands
 from layers.memory_as_context import MemoryAsContext
 from layers.memory_as_gate import MemoryAsGate
 from layers.memory_as_layer import MemoryAsLayer
 from layers.mixture_of_memories import MixtureOfMemories, MixtureState
+from layers.prefix_linear_attention import PrefixLinearAttention
 from layers.protocol import (
     Layer,
     LayerList,
@@ -40,7 +43,9 @@ from layers.protocol import (
 )
 from layers.registry import LAYERS, Entry, register
 from layers.retention import Retention
+from layers.s4d import S4D
 from layers.short_convolution import ShortConvolution
+from layers.slstm import SLSTM
 from layers.softmax_attention import SoftmaxAttention
 from layers.telemetry import Record, observe, observing, recording
 from layers.test_time_memory import TestTimeMemory

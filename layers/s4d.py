@@ -1,0 +1,121 @@
+"""S4D: a diagonal state space per channel, the same at every token."""
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from layers.decay_gates import STEP_RANGE, log_uniform
+from layers.gated_output import GatedOutput
+from layers.precision import at_least_fp32
+from layers.protocol import Layer, Output, Policy
+from layers.registry import register
+from ops.diagonal_state_space import diagonal_state_space
+
+Rates = Literal["lin", "inv", "legs", "real"]
+
+OF_THE_SYSTEM = Policy(decays=False, max_lr=1e-3)
+
+
+class S4DState(NamedTuple):
+    """The modes after the last token: `[B, D, M, 2]`, complex as pairs, fp32 (fp64 in fp64)."""
+
+    modes: Tensor
+
+
+@register(
+    lin={"state_dim": 8},
+    inv={"state_dim": 4, "init": "inv"},
+    legs={"state_dim": 6, "init": "legs"},
+    real={"state_dim": 2, "init": "real"},
+)
+class S4D(Layer):
+    """The diagonal state space of S4D (arXiv 2206.11893), then GELU and a gated linear unit.
+
+    Per channel with step s, for M = N / 2 modes that stand for conjugate pairs,
+
+        h_t = exp(s A_n) h_{t-1} + (exp(s A_n) - 1) / A_n x_t,    y_t = 2 Re sum_n C_n h_t + D x_t
+
+    and the output is `(W_o g + b_o) * sigmoid(W_g g + b_g)` with `g = GELU(y)`. Nothing in the
+    recurrence depends on the tokens, so it cannot recall by content. The real part of A is held as
+    `-exp(A_log)`, in fp32; C starts complex normal, D normal, steps log-uniform in [0.001, 0.1].
+    A, C and the steps are not decayed and learn at 1e-3 at most.
+
+    Args:
+        d_model: width D.
+        state_dim: N, an even number of states of a channel; default 64.
+        init: the first A_n, n = 0 .. M - 1. "lin" (default): `-1/2 + i pi n`. "inv":
+            `-1/2 + i N / pi (N / (2 n + 1) - 1)`. "legs": eigenvalues of the normal part of
+            HiPPO-LegS. "real": `-(n + 1)`.
+
+    State: `N D` scalars.
+
+    Where we differ: B is one and is not learnt, as only its product with C enters.
+
+    Raises:
+        ValueError: a state size that is not even and positive.
+    """
+
+    policies: ClassVar[Mapping[str, Policy]] = dict.fromkeys(
+        ("A_log", "A_imag", "C", "log_step"), OF_THE_SYSTEM
+    )
+
+    def __init__(self, d_model: int, *, state_dim: int = 64, init: Rates = "lin") -> None:
+        super().__init__()
+        if state_dim < 2 or state_dim % 2:
+            raise ValueError(f"state_dim must be even, 2 or more, got {state_dim}")
+        real, imag = first_rates(init, state_dim)
+        self.A_log = nn.Parameter((-real).log().repeat(d_model, 1))
+        self.A_imag = nn.Parameter(imag.repeat(d_model, 1))
+        self.C = nn.Parameter(torch.randn(d_model, state_dim // 2, 2) * 0.5**0.5)
+        self.log_step = nn.Parameter(log_uniform(d_model, *STEP_RANGE).log())
+        self.D = nn.Parameter(torch.randn(d_model))
+        self.output = GatedOutput(d_model)
+
+    def forward(self, x: Float[Tensor, "b t d"], state: S4DState | None = None) -> Output:
+        """Filters each channel, then mixes channels."""
+        (modes,) = self.init_state(len(x)) if state is None else state
+        rate = torch.stack((-at_least_fp32(self.A_log).exp(), at_least_fp32(self.A_imag)), dim=-1)
+        write = torch.tensor([1.0, 0.0], dtype=rate.dtype, device=rate.device).expand_as(rate)
+        step = at_least_fp32(self.log_step).exp()
+        y, modes = diagonal_state_space(x, rate, write, at_least_fp32(self.C), step, modes)
+        y = (y + self.D * x).to(self.D.dtype)
+        return Output(self.output(y), S4DState(modes))
+
+    def init_state(self, batch_size: int) -> S4DState:
+        """Zeros."""
+        return S4DState(at_least_fp32(self.C.new_zeros(batch_size, *self.C.shape)))
+
+    def state_size(self, seq_len: int) -> int:
+        """Two scalars per mode, whatever the length."""
+        return self.C.numel()
+
+
+def first_rates(init: Rates, state_dim: int) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
+    """Real and imaginary parts of a channel's first A."""
+    n = torch.arange(state_dim // 2, dtype=torch.float32)
+    half = torch.full_like(n, -0.5)
+    match init:
+        case "lin":
+            return half, math.pi * n
+        case "inv":
+            return half, state_dim / math.pi * (state_dim / (2 * n + 1) - 1)
+        case "legs":
+            return half, _legs_frequencies(state_dim)
+        case "real":
+            return -1 - n, torch.zeros_like(n)
+
+
+def _legs_frequencies(state_dim: int) -> Float[Tensor, " m"]:
+    """Positive imaginary parts of the eigenvalues of HiPPO-LegS's normal part, ascending.
+
+    That matrix is `A + P P^T`, with `P_n = sqrt(n + 1/2)`: -1/2 on the diagonal, and beside it
+    `-P_n P_k` below and `P_n P_k` above, which is skew-symmetric.
+    """
+    p = (torch.arange(state_dim, dtype=torch.float64) + 0.5).sqrt()
+    below = torch.outer(p, p).tril(-1)
+    skew = below.mT - below
+    return torch.linalg.eigvalsh(skew * 1j)[state_dim // 2 :].float()
