@@ -18,8 +18,8 @@ from ops.diagonal_decay.levels import Descent, Ladder
 from ops.precision import without_autocast
 from ops.tiling import Tiling
 
-# Numbers per tensor of a segment. The steps of a segment read and write some twenty such tensors,
-# which should stay in cache; a smaller segment pays more for its calls than it gains.
+# Numbers per tensor of a segment, for each thread. The steps of a segment go over some twenty such
+# tensors, which should stay in cache; a smaller segment pays more for its calls than it gains.
 _SEGMENT_NUMBERS = 2**17
 
 
@@ -99,12 +99,11 @@ class _Segment:
         return [dq, dk, dv, dg], ds[0]
 
 
-def _segments(tiling: Tiling, state: Tensor, *, keep: bool) -> tuple[list[slice], list[_Segment]]:
-    """Ranges of chunks, and the memory that each of them uses."""
-    parts = tiling.segments(_SEGMENT_NUMBERS)
-    sizes = {part.stop - part.start for part in parts}
-    memory = {size: _Segment(tiling, size, state, keep=keep) for size in sizes}
-    return parts, [memory[part.stop - part.start] for part in parts]
+def _memory(tiling: Tiling, parts: list[slice], state: Tensor, *, keep: bool) -> list[_Segment]:
+    """What each part of a sequence is worked in; parts of one size share it."""
+    sizes = [part.stop - part.start for part in parts]
+    memory = {size: _Segment(tiling, size, state, keep=keep) for size in set(sizes)}
+    return [memory[size] for size in sizes]
 
 
 class _DiagonalDecay(torch.autograd.Function):
@@ -127,8 +126,9 @@ class _DiagonalDecay(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         tiling = Tiling.of(k, v, chunk_size, state.dtype)
         y = torch.empty_like(v, memory_format=torch.contiguous_format)
+        parts = tiling.segments(_SEGMENT_NUMBERS * torch.get_num_threads())
         last, kept = state.flatten(0, 1), []
-        for part, segment in zip(*_segments(tiling, state, keep=False), strict=True):
+        for part, segment in zip(parts, _memory(tiling, parts, state, keep=False), strict=True):
             segment.read(*(tiling.read(x, part) for x in (q, k, v, g)))
             out, s = segment.forward(last, scale)
             tiling.write(y, out, part)
@@ -136,7 +136,7 @@ class _DiagonalDecay(torch.autograd.Function):
             if keep:
                 kept.append(s)
         ctx.save_for_backward(q, k, v, g, *kept)
-        ctx.tiling, ctx.scale = tiling, scale
+        ctx.tiling, ctx.parts, ctx.scale = tiling, parts, scale
         return y, last.clone().view(state.shape)
 
     @staticmethod
@@ -144,10 +144,10 @@ class _DiagonalDecay(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, g, *kept = ctx.saved_tensors
         tiling: Tiling = ctx.tiling
+        memory = _memory(tiling, ctx.parts, dstate, keep=True)
         grads = [x.new_empty(x.shape) for x in (q, k, v, g)]
         ds = dstate.flatten(0, 1)
-        steps = zip(*_segments(tiling, dstate, keep=True), kept, strict=True)
-        for part, segment, s in reversed(list(steps)):
+        for part, segment, s in reversed(list(zip(ctx.parts, memory, kept, strict=True))):
             segment.read(*(tiling.read(x, part) for x in (q, k, v, g)))
             outs, ds = segment.backward(tiling.read(dy, part), s, ds, ctx.scale)
             for grad, out in zip(grads, outs, strict=True):
