@@ -66,8 +66,8 @@ class BMojo(Layer):
     and takes one joint softmax over keys and values of
 
     * the window: u at [i - w + 1, i];
-    * fading tokens: y at [i - 2w + 1, i - w], before the window; what is older than that reaches i
-      through y alone;
+    * fading tokens: y at [i - 2w + 1, i - w], before the window, which bring what M knows of all
+      that is older;
     * eidetic tokens: at most E of the u that have left the window.
 
     All three share their projections. A token is rotated to its own position in the text,
@@ -75,8 +75,8 @@ class BMojo(Layer):
 
     Eidetic tokens are those whose values the tokens before them predicted worst
     (`ops/innovation.py`). The text is cut into blocks of w tokens at absolute positions. Queries of
-    block b find the best of blocks 0 to b - 2: no token is in the window and kept as well, and all
-    blocks are computed at once, at a cost linear in the length.
+    block b find the E worst predicted of blocks 0 to b - 2: no token is in the window and kept as
+    well, and all blocks are computed at once, at a cost linear in the length.
 
     Args:
         d_model: width D.

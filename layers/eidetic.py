@@ -71,7 +71,7 @@ def select(
     if not blocks.begun:
         visible = waiting.new_ones(1, blocks.length, carried, dtype=torch.bool)
         return KeySet(state.tokens[:, None].to(tokens.dtype), visible), state
-    missing = window + blocks.place + blocks.length - tokens.shape[1]  # before a text's first block
+    missing = window + blocks.place + blocks.length - tokens.shape[1]  # w in a text's first block
     rivals = F.pad(waiting, (missing, 0), value=-torch.inf)[:, : blocks.begun * window]
     place, score = best_so_far(
         F.pad(state.score, (0, limit - carried), value=-torch.inf),

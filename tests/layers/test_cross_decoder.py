@@ -12,6 +12,7 @@ from layers import (
     GatedDeltaNet,
     GatedMemoryUnit,
     LinearAttention,
+    Mamba,
     Mamba2,
     SavingLayer,
     SoftmaxAttention,
@@ -98,8 +99,8 @@ def test_what_is_saved_goes_on_from_a_state():
     assert_close(torch.cat([saved, rest], 1), memory.forward_saving(x())[1], "saved in pieces")
 
 
-@pytest.mark.parametrize("memory", [RECURRENT, partial(LinearAttention, heads=2), Mamba2])
-def test_matrix_memories_can_save(memory):
+@pytest.mark.parametrize("memory", [RECURRENT, partial(LinearAttention, heads=2), Mamba2, Mamba])
+def test_matrix_and_state_space_memories_can_save(memory):
     assert isinstance(memory(64), SavingLayer)
     assert not isinstance(MLP(64), SavingLayer)
 
@@ -185,11 +186,12 @@ def test_one_memory_and_one_cache_are_carried_whatever_reads_them(units):
     [
         partial(LinearAttention, heads=2),
         partial(Mamba2, head_dim=8, state_dim=4),
+        Mamba,
         partial(TestTimeMemory, heads=2, chunk_size=4),
         partial(SoftmaxAttention, heads=2, window=3),
         partial(MLP, expand=2),
     ],
-    ids=lambda recipe: recipe.func.__name__,
+    ids=lambda recipe: getattr(recipe, "func", recipe).__name__,
 )
 def test_any_layer_can_be_the_memory(memory):
     layer = build(memory)
