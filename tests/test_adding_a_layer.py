@@ -26,7 +26,7 @@ def copy(tmp_path_factory):
     layer, line, config = re.findall(r"^```(?:python|yaml)\n(.*?)^```", page, re.M | re.S)
     (path / "layers" / "running_average.py").write_text(layer)
     (path / "configs" / "mixer" / "running_average.yaml").write_text(config)
-    registry, place = path / "layers" / "__init__.py", "from layers.short_convolution import"
+    registry, place = path / "layers" / "__init__.py", "from layers.s4d import"
     registry.write_text(registry.read_text().replace(place, line + place))
     return path
 
