@@ -1,6 +1,6 @@
 """Compares every registered layer, compiled, with itself; prints one JSON object of errors.
 
-One instance of each, the first: tracing takes seconds, and options rarely change how a layer is traced.
+One instance of each, the first: tracing takes seconds, and options rarely change what is traced.
 A program of its own because torch.compile would trace the run-time type checks that the tests
 install, and fail on them.
 """
