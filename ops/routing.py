@@ -88,8 +88,7 @@ def pack(index: Int[Tensor, "b t k"], memories: int, *, multiple: int) -> Packin
     members = _members(index, memories)
     order = members.cumsum(1) - 1  # [B, T, M], the place of a token if it goes there
     count = members.sum(1)
-    fullest = int(count.max()) if tokens > multiple else tokens
-    length = min(tokens, -(-fullest // multiple) * multiple)
+    length = min(tokens, -(-_fullest(count, index, multiple) // multiple) * multiple)
     sequence = index * batch + torch.arange(batch, device=index.device)[:, None, None]
     place = sequence * length + order.gather(-1, index)
     flat = torch.arange(batch * tokens, device=index.device).view(batch, tokens, 1)
@@ -116,6 +115,14 @@ def unpacked(
         per_sample_weights=weight.flatten(0, 1).to(y.dtype),
     )
     return bags.view(*weight.shape[:2], y.shape[-1])
+
+
+def _fullest(count: Tensor, index: Tensor, multiple: int) -> int:
+    """Tokens of the fullest sequence; where tensors hold no numbers, as if loads were even."""
+    tokens, copies = index.shape[1:]
+    if tokens <= multiple:
+        return tokens
+    return -(-tokens * copies // count.shape[1]) if count.is_meta else int(count.max())
 
 
 def _members(index: Tensor, memories: int) -> Tensor:

@@ -70,6 +70,7 @@ def test_budget_counts_what_is_there(mixer, pattern):
     assert costs.flops_per_token >= 2 * sum(
         p.numel() for n, p in model.named_parameters() if n.endswith("proj.weight")
     )
+    assert budget(model, 200).flops_per_token > 0  # several chunks, without any numbers
 
 
 @every_model
