@@ -70,16 +70,17 @@ def _timed(case: str, form: str, length: int, passes: str, repeats: int) -> Call
 
 
 def _row(
-    case: str, length: int, passes: str, times: dict[Any, list[float]], rate: float
+    key: tuple[str, int, str], times: dict[Any, list[float]], naive: list[float], rate: float
 ) -> dict[str, Any]:
+    """One op, length and kind of pass; `naive` are times of the loop at `AGAINST_NAIVE` tokens."""
+    case, length, passes = key
     flops = OPS[CASES[case][0]].flops(_inputs(case, 64)) / (64 * BATCH)
 
     def cost(tokens: int) -> float:
         median = statistics.median(times[case, tokens, passes])
         return median / (BATCH * tokens * _repeats(tokens))
 
-    shortest = min(n for (name, n, _) in times if name == case)
-    naive = statistics.median(times[case, "naive", passes]) / (BATCH * AGAINST_NAIVE)
+    shortest = min(tokens for _, tokens, _ in times)
     return {
         "op": case,
         "length": length,
@@ -87,8 +88,8 @@ def _row(
         "tokens_per_second": 1 / cost(length),
         "share_of_product_rate": flops * PASSES[passes] / cost(length) / rate,
         "cost_relative_to_shortest": cost(length) / cost(shortest),
-        "times_naive": naive / cost(length),
-        "spread": measure.spread(times[case, length, passes]),
+        "times_naive": statistics.median(naive) / (BATCH * AGAINST_NAIVE) / cost(length),
+        "spread": measure.spread(times[key]),
     }
 
 
@@ -127,12 +128,9 @@ def _measure(
                 calls[case, n, passes] = _timed(case, "chunk", n, passes, _repeats(n))
         times = measure.interleaved(calls, rounds)
         rate = product_flops / statistics.median(times.pop("product"))
-        slow = {
-            (case, "naive", passes): _timed(case, "naive", AGAINST_NAIVE, passes, 1)
-            for passes in PASSES
-        }
-        every: dict[Any, list[float]] = times | measure.interleaved(slow, 3)
-        rows += [_row(case, n, passes, every, rate) for n in lengths for passes in PASSES]
+        loops = {passes: _timed(case, "naive", AGAINST_NAIVE, passes, 1) for passes in PASSES}
+        naive = measure.interleaved(loops, 3)
+        rows += [_row(key, times, naive[key[2]], rate) for key in times]
     return rows, rate
 
 
