@@ -22,10 +22,12 @@ COLUMNS = """columns:
   eval:METRIC@LENGTH:carried
                         the same with the state carried from block to block
   budget.parameters     or any other entry of summary.json, nested ones with dots
+  COLUMN/COLUMN         one divided by the other, in each run
 
 examples:
   python scripts/report.py runs/2026-01-31_12-00-00_sweep
   python scripts/report.py runs --by mixer --columns best:accuracy,eval:accuracy@4x,tokens
+  python scripts/report.py runs --columns best:accuracy,best:stored_bits/budget.parameters
   python scripts/report.py runs --sort best:accuracy/budget.state_bytes
   python scripts/report.py runs/*mqar* --out docs/results/mqar.md --name mqar --title "MQAR"
 """
@@ -74,7 +76,7 @@ def report_parser() -> argparse.ArgumentParser:
     parser.add_argument("--by", help="the options that name a row; else all that differ")
     parser.add_argument("--columns", help="what to show of each row; else metric and costs")
     parser.add_argument(
-        "--sort", metavar="EXPR", help="COLUMN or COLUMN/COLUMN: the row with the largest is first"
+        "--sort", metavar="COLUMN", help="a column: the row with the largest is first"
     )
     parser.add_argument(
         "--split",

@@ -1,11 +1,14 @@
 """Tasks: what models are trained and measured on.
 
-`Batch` and `Task` are the interface; recall tasks are generators, text tasks read files. This
-package knows nothing of layers, models or configuration.
+`Batch` and `Task` are the interface; recall tasks and facts are generators, text tasks read files.
+A stream of features is no `Task`: it has no tokens. This package knows nothing of layers, models
+or configuration.
 """
 
 from tasks.base import Batch, Task
+from tasks.facts import ZipfFacts
 from tasks.recall import MQAR, ForgettingMQAR, Needle, RecallMixture
+from tasks.streams import ClassIncremental
 from tasks.text import (
     ByteTokenizer,
     LocalFiles,
@@ -18,6 +21,7 @@ __all__ = [
     "MQAR",
     "Batch",
     "ByteTokenizer",
+    "ClassIncremental",
     "ForgettingMQAR",
     "LocalFiles",
     "Needle",
@@ -26,4 +30,5 @@ __all__ = [
     "StandardLibrary",
     "Task",
     "Text",
+    "ZipfFacts",
 ]

@@ -82,12 +82,14 @@ def chosen_columns(
 ) -> list[Column]:
     """The columns that the command line names, in `option`.
 
+    A word may be `COLUMN/COLUMN`: the one divided by the other, in each run.
+
     Raises:
-        ReportError: a column of which no run has a value.
+        ReportError: a column of which no run has a value, or a quotient of what is no number.
     """
-    columns = [_make(word, split) for word in words]
+    columns = [_found(word, runs, split) for word in words]
     for column in columns:
-        if all(column.read(run) is None for run in runs):
+        if not _has_values(column, runs):
             hint = " (eval.py run=RUN adds evaluations)" if column.evaluation else ""
             problem = f"{option}: no run has a value for {column.word!r}{hint}"
             raise ReportError(unknown(problem, column.word, _known(runs, split)))
@@ -127,6 +129,42 @@ def text(value: Any) -> str:
 def evaluation_split(split: Split | None) -> Split:
     """The split of evaluations, which is the test split unless another is asked for."""
     return split or "test"
+
+
+def _found(word: str, runs: Sequence[Run], split: Split | None) -> Column:
+    """The column of this name, or else the quotient of two.
+
+    A column's own name may hold slashes, so every cut is tried.
+    """
+    column = _make(word, split)
+    cuts = [i for i, character in enumerate(word) if character == "/"]
+    for cut in [] if _has_values(column, runs) else cuts:
+        above, below = _make(word[:cut], split), _make(word[cut + 1 :], split)
+        if _has_values(above, runs) and _has_values(below, runs):
+            return _quotient(above, below)
+    return column
+
+
+def _has_values(column: Column, runs: Sequence[Run]) -> bool:
+    return any(column.read(run) is not None for run in runs)
+
+
+def _quotient(above: Column, below: Column) -> Column:
+    word = f"{above.word}/{below.word}"
+
+    def figure(column: Column, run: Run) -> float | None:
+        found: float | None = column.read(run)
+        if isinstance(found, bool) or not isinstance(found, int | float | None):
+            raise ReportError(f"{word}: {column.word} is not a number: {found!r}")
+        return found
+
+    def read(run: Run) -> float | None:
+        """Nothing where either is missing or there is nothing to divide by."""
+        over, under = figure(above, run), figure(below, run)
+        return over / under if over is not None and under else None
+
+    label = f"{above.label} / {below.label}"
+    return Column(word, label, read, above.evaluation or below.evaluation)
 
 
 def _make(word: str, split: Split | None) -> Column:

@@ -16,32 +16,20 @@ def sort_rows(
 
     Args:
         rows: in any order; equal figures keep theirs.
-        expression: a column, or `COLUMN/COLUMN` for one divided by the other.
+        expression: a column, or a quotient of two.
         runs: of the rows.
         split: as for columns.
 
     Raises:
         ReportError: no run has a value for it, or a value is not a number.
     """
-    columns = _columns(expression, runs, split)
+    [column] = chosen_columns([expression], runs, split, option="--sort")
 
     def place(row: Row) -> tuple[bool, float]:
-        figure = _quotient([_mean(column, row) for column in columns])
+        figure = _mean(column, row)
         return (math.isnan(figure), -figure)
 
     return sorted(rows, key=place)
-
-
-def _columns(expression: str, runs: Sequence[Run], split: Split | None) -> list[Column]:
-    """One column, or two; a column's own name may hold slashes, so every cut is tried."""
-    cuts = [i for i, character in enumerate(expression) if character == "/"]
-    for cut in cuts:
-        words = [expression[:cut], expression[cut + 1 :]]
-        try:
-            return chosen_columns(words, runs, split)
-        except ReportError:
-            continue
-    return chosen_columns([expression], runs, split, option="--sort")
 
 
 def _mean(column: Column, row: Row) -> float:
@@ -50,9 +38,3 @@ def _mean(column: Column, row: Row) -> float:
     if wrong := [v for v in values if isinstance(v, bool) or not isinstance(v, int | float)]:
         raise ReportError(f"--sort: {column.word} is not a number: {wrong[0]!r}")
     return statistics.mean(values) if values else math.nan
-
-
-def _quotient(figures: Sequence[float]) -> float:
-    if len(figures) == 1:
-        return figures[0]
-    return figures[0] / figures[1] if figures[1] else math.nan

@@ -139,6 +139,18 @@ def test_rows_are_sorted_by_a_figure_or_a_quotient(made, runs, expression, first
         assert f"- Rows are sorted by {expression}, the largest first.\n" in text
 
 
+def test_a_column_may_be_a_quotient_taken_in_each_run(made, runs):
+    for seed, bits in enumerate([300, 100, 200]):
+        facts = {"metrics": {"val/bits": bits}, "budget": {"parameters": 50 * (seed + 1)}}
+        RunDirectory(runs / f"gdn{seed}").write_summary(**facts, nothing=0)
+    first, second = table(made(runs, "--columns", "metrics.val/bits/budget.parameters,steps"))
+    # 300 / 50, 100 / 100 and 200 / 150
+    assert first["metrics.val/bits / parameters"] == "2.778 ± 2.795"
+    assert second["metrics.val/bits / parameters"] == ""
+    with pytest.raises(ReportError, match="no run has a value for 'steps/nothing'"):
+        made(runs, "--columns", "steps/nothing")
+
+
 def test_a_run_that_did_not_record_its_choices_goes_by_its_class(made, runs):
     for path in runs.glob("gdn*/summary.json"):
         summary = json.loads(path.read_text())
@@ -325,7 +337,8 @@ def test_a_file_without_its_markers_is_left_alone(made, trained, tmp_path, text)
             ["--sort", "best:acuracy/steps"],
             r"--sort: no run has a value for 'best:acuracy/steps'; ",
         ),
-        (["--sort", "steps/hardware"], r"--sort: hardware is not a number: '"),
+        (["--sort", "hardware"], r"--sort: hardware is not a number: '"),
+        (["--sort", "steps/hardware"], r"steps/hardware: hardware is not a number: '"),
         (["--by", "mixr"], r"--by: no run has the option 'mixr'; known, nearest first: mixer, "),
         (["--by", "task"], r"--by task: these leave rows with equal names; .* differ in mixer"),
     ],

@@ -1,0 +1,215 @@
+"""Long-tail facts: a few are told all the time, most hardly ever.
+
+S subjects, R relations, O objects, k letters in a subject's name.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tasks.base import Batch, BatchSet, EvalSplit, Facts, Task
+from tasks.facts.metrics import FactMetrics, Told
+from tasks.facts.world import PHASES, World, alphabet_for, make_world, tell
+from tasks.metrics import Metrics
+from tasks.recall.sampling import Ints
+
+# Random streams of their own, beside those of `tasks.base.STREAMS`.
+WORLD_STREAM, ORDER_STREAM = (3, 0), (3, 1)
+
+
+class ZipfFacts(Task):
+    """S * R random facts to be learnt by heart: see `tell` for the sequences.
+
+    Every example of a training batch is drawn by itself: a subject of rank i = 1 ... S with
+    probability proportional to (i + i0) ** -a, and any of the relations. Names are random, so
+    letters say nothing about ranks. Evaluation asks for every fact, whether it was told or not: as
+    no fact follows from others there is nothing to hold out, and `"val"` and `"test"` are the same.
+    The order is random, so a limited number of validation batches is a fair sample.
+
+    A name has several letters because an embedding of whole subjects would be a table of their
+    facts. The embedding of objects stores no facts by itself, but a model that ties it to its
+    output has fewer parameters; compare models that do the same.
+
+    Which facts are told is a function of the seed and the number of batches, so exposures are
+    counted exactly, by drawing the batches again. They are those of the whole run in every
+    validation on the way, so that a curve is about the same facts throughout.
+
+    With `second_phase_after`, training goes on to the facts of S other subjects, as many and as
+    frequent, and those of the first are not told again. `accuracy/phase=0` is then what has been
+    kept, in the last validation rather than in the one where accuracy over both was best.
+
+    Args:
+        subjects: S.
+        relations: R.
+        objects: O.
+        power: a; 0 makes all subjects equally frequent.
+        offset: i0, above -1; the larger, the less the first subjects stand out.
+        subject_tokens: k.
+        counted_batches: exposures are counted over so many training batches. A run has
+            `trainer.max_steps` of them, times `trainer.accumulate_grad_batches` and the number of
+            processes.
+        second_phase_after: so many training batches tell the facts of the first phase, those after
+            them the facts of the second; by default there is no second.
+        batch_size: facts in a batch.
+        seed: all randomness of the data follows from it.
+    """
+
+    name = "facts"
+    monitor = "accuracy"
+    monitor_mode: Literal["min", "max"] = "max"
+
+    def __init__(
+        self,
+        *,
+        subjects: int = 20_000,
+        relations: int = 2,
+        objects: int = 256,
+        power: float = 1.0,
+        offset: float = 0.0,
+        subject_tokens: int = 2,
+        counted_batches: int = 1000,
+        second_phase_after: int | None = None,
+        batch_size: int = 1024,
+        seed: int = 0,
+    ) -> None:
+        counts = {
+            "subjects": subjects,
+            "relations": relations,
+            "subject_tokens": subject_tokens,
+            "counted_batches": counted_batches,
+        }
+        for label, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{label} ({count}) must be at least 1")
+        if objects < 2:
+            raise ValueError(f"objects ({objects}) must be at least 2, or there is nothing to know")
+        if not offset > -1:
+            raise ValueError(f"offset ({offset}) must be above -1, as it is added to ranks from 1")
+        if second_phase_after is not None and not 0 < second_phase_after < counted_batches:
+            raise ValueError(
+                f"second_phase_after ({second_phase_after}) must be from 1 to counted_batches - 1 "
+                f"= {counted_batches - 1}, so that both phases are trained on"
+            )
+        letters = subject_tokens * alphabet_for(subjects, subject_tokens)
+        super().__init__(
+            vocab_size=1 + letters + relations + objects,
+            seq_len=subject_tokens + 2,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        self.subjects = subjects
+        self.relations = relations
+        self.objects = objects
+        self.power = power
+        self.offset = offset
+        self.counted_batches = counted_batches
+        self.second_phase_after = second_phase_after
+
+    @property
+    def phases(self) -> int:
+        """How many phases training has."""
+        return 1 if self.second_phase_after is None else PHASES
+
+    @property
+    def guess_level(self) -> float:
+        """Accuracy of guessing among all objects."""
+        return 1 / self.objects
+
+    @cached_property
+    def world(self) -> World:
+        """All that is true, in both phases."""
+        return make_world(
+            self._rng(WORLD_STREAM),
+            subjects=self.subjects,
+            relations=self.relations,
+            objects=self.objects,
+            letters=self.seq_len - 2,
+        )
+
+    @cached_property
+    def odds(self) -> NDArray[np.float64]:
+        """`[S]`: how likely a training example is about the subject of each rank."""
+        ranks = np.arange(1, self.subjects + 1, dtype=np.float64)
+        weights = (ranks + self.offset) ** -self.power
+        return weights / weights.sum()
+
+    @cached_property
+    def told(self) -> Told:
+        """How training tells each fact of its phases, counted over `counted_batches`."""
+        one_phase = self.subjects * self.relations
+        exposures = np.zeros(self.phases * one_phase, dtype=np.int64)
+        for index in range(self.counted_batches):
+            np.add.at(exposures, self.draw(index), 1)
+        odds = np.tile(np.repeat(self.odds / self.relations, self.relations), self.phases)
+        phase = torch.arange(self.phases).repeat_interleave(one_phase)
+        return Told(torch.from_numpy(exposures), torch.from_numpy(odds), phase)
+
+    def draw(self, index: int) -> Ints:
+        """The facts that training batch `index` tells, `[N]`."""
+        rng = self.rng("train", index)
+        subject = np.searchsorted(self._cumulated, rng.random(self.batch_size), side="right")
+        second = self.second_phase_after is not None and index >= self.second_phase_after
+        subject += self.subjects * second
+        return subject * self.relations + rng.integers(self.relations, size=self.batch_size)
+
+    def train_batch(self, index: int) -> Batch:
+        """Training batch `index`: a pure function of the seed and the index."""
+        return tell(self.world, self.draw(index))
+
+    def eval_batches(self, split: EvalSplit) -> BatchSet:
+        """Every fact of every phase once, in an order that is the same for both splits."""
+
+        def batches() -> Iterator[Batch]:
+            facts = self.phases * self.subjects * self.relations
+            order = self._rng(ORDER_STREAM).permutation(facts)
+            for start in range(0, facts, self.batch_size):
+                yield tell(self.world, order[start : start + self.batch_size])
+
+        return BatchSet(batches)
+
+    def metrics(self) -> Metrics:
+        """A fresh accumulator."""
+        return FactMetrics(self.told, range(self.vocab_size - self.objects, self.vocab_size))
+
+    @property
+    def dictionary_level(self) -> float:
+        """Accuracy of knowing all that was told and guessing the rest."""
+        shown = float((self.told.exposures > 0).double().mean())
+        return shown + (1 - shown) * self.guess_level
+
+    def references(self, split: EvalSplit) -> dict[str, float]:
+        """What `monitor` is for solvers that anyone can name, to hold a model's score against."""
+        return super().references(split) | {"a dictionary of what was told": self.dictionary_level}
+
+    def facts(self) -> Facts:
+        """What to record with a run, so that its numbers can be read later."""
+        count = len(self.told.exposures)
+        return super().facts() | {
+            "dictionary_level": self.dictionary_level,
+            "facts": count,
+            "facts_told": int((self.told.exposures > 0).sum()),
+            "bits_per_fact": math.log2(self.objects),
+            "bits": count * math.log2(self.objects),
+            "subjects": self.subjects,
+            "relations": self.relations,
+            "objects": self.objects,
+            "power": self.power,
+            "offset": self.offset,
+            "subject_tokens": self.seq_len - 2,
+            "counted_batches": self.counted_batches,
+            "second_phase_after": str(self.second_phase_after),
+        }
+
+    @cached_property
+    def _cumulated(self) -> NDArray[np.float64]:
+        """`[S]`, the last of them exactly 1."""
+        sums = self.odds.cumsum()
+        return sums / sums[-1]
+
+    def _rng(self, key: tuple[int, int]) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
