@@ -12,11 +12,14 @@ from ops import (
     linear_attention,
     long_convolution,
     lstm,
+    product_key,
     scalar_decay,
     selective_scan,
     short_convolution,
     slstm,
+    table_read,
     test_time,
+    tucker,
 )
 from ops.registry import Op
 
@@ -33,10 +36,13 @@ OPS: dict[str, Op] = {
         linear_attention.OP,
         long_convolution.OP,
         lstm.OP,
+        product_key.OP,
         scalar_decay.OP,
         selective_scan.OP,
         short_convolution.OP,
         slstm.OP,
+        table_read.OP,
         test_time.OP,
+        tucker.OP,
     )
 }
