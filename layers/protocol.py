@@ -12,7 +12,7 @@ A layer maps a sequence to a sequence and carries what it remembers in an explic
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -46,10 +46,21 @@ class Policy(NamedTuple):
     Attributes:
         decays: whether weight decay applies, if it has two axes or more; vectors never decay.
         max_lr: largest learning rate, before the schedule; None for any.
+        update: what one step writes. "dense" is the model's optimiser, on every entry. The others
+            are for tables `[N, D]` and write only the rows that have a gradient: "lazy" is AdamW
+            on them, "rowwise" is Adagrad with one accumulator a row (`models/table_optimizer.py`).
+        lr_multiplier: times the optimiser's learning rate, before `max_lr` and the schedule.
+        weight_decay: where it decays, its own weight decay; None for the optimiser's.
+        clip_group: name of the gradients whose global norm this one is clipped with; None for the
+            main group.
     """
 
     decays: bool = True
     max_lr: float | None = None
+    update: Literal["dense", "lazy", "rowwise"] = "dense"
+    lr_multiplier: float = 1.0
+    weight_decay: float | None = None
+    clip_group: str | None = None
 
 
 NO_POLICY = Policy()
@@ -150,6 +161,14 @@ def require_at_least(minimum: float, **options: float) -> None:
     for name, value in options.items():
         if value < minimum:
             raise ValueError(f"{name} must be {minimum} or more, got {value}")
+
+
+def require_choice(choices: Any, **options: str) -> None:
+    """Raises ValueError for the first option that is none of a `Literal`'s values, by its name."""
+    for name, value in options.items():
+        if value not in get_args(choices):
+            known = ", ".join(map(repr, get_args(choices)))
+            raise ValueError(f"{name} must be one of {known}; got {value!r}")
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:

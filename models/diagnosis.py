@@ -39,4 +39,9 @@ def first_nonfinite(model: nn.Module, inputs: Tensor) -> str:
 def nonfinite_gradients(model: nn.Module) -> list[str]:
     """Names of the parameters whose gradient holds a NaN or an infinity."""
     named = ((name, p.grad) for name, p in model.named_parameters())
-    return [name for name, grad in named if grad is not None and not grad.isfinite().all()]
+    return [name for name, grad in named if grad is not None and not _is_finite(grad)]
+
+
+def _is_finite(gradient: Tensor) -> bool:
+    entries = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return bool(entries.isfinite().all())

@@ -1,19 +1,22 @@
 """Training and validation of a language model on a task, for Lightning's Trainer."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from layers import is_loss
+from layers import Usage, UsageMeter, is_loss, metering
+from models.clipping import MAIN, clip_by_groups
 from models.diagnosis import NonFiniteError, first_nonfinite, nonfinite_gradients
 from models.language_model import LanguageModel
 from models.parameter_groups import make_optimizer
 from models.schedules import Schedule
+from models.table_exchange import average_rows, leave_out_of_ddp, start_equal
 from tasks.base import IGNORE, Batch
 from tasks.metrics import Metrics
 
@@ -33,6 +36,7 @@ class SequenceModule(LightningModule):
         metrics: makes an empty accumulator of the task's metrics.
         log_every: updates between two logged rows.
         seed: of dropout and whatever else draws in training.
+        usage: log at each validation how evenly layers use the rows of their tables.
 
     Raises:
         NonFiniteError: in training, when a loss or a gradient stops being finite.
@@ -47,6 +51,7 @@ class SequenceModule(LightningModule):
         metrics: Callable[[], Metrics],
         log_every: int = 10,
         seed: int = 0,
+        usage: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -55,10 +60,12 @@ class SequenceModule(LightningModule):
         self.metrics_factory = metrics
         self.log_every = log_every
         self.seed = seed
+        self.usage = UsageMeter() if usage else None
         self.metrics = metrics()
         self._pending: list[dict[str, Tensor]] = []  # losses since the last update
         self.latest_loss: Tensor | None = None  # for a progress bar
         self.tokens = 0  # read in training, by all processes, since the run began
+        leave_out_of_ddp(self)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimiser over parameter groups, with the schedule applied after every update."""
@@ -71,6 +78,10 @@ class SequenceModule(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def on_train_start(self) -> None:
+        """Sees to it that all processes start from the same tables."""
+        start_equal(self.model)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Makes this batch's randomness its own."""
@@ -95,22 +106,26 @@ class SequenceModule(LightningModule):
         )
         return loss
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Exchanges the gradients of tables between processes, which DDP leaves to us."""
+        average_rows(self.model)
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by global norm, and refuses to step on a gradient that is not finite."""
+        """Clips each group by its norm, and refuses to step on a gradient that is not finite."""
         limit = gradient_clip_val or float("inf")  # 0 means no clipping, as it does to Lightning
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        if not norm.isfinite():
+        norms = clip_by_groups(self.model, limit)
+        if not all(norm.isfinite() for norm in norms.values()):
             names = ", ".join(nonfinite_gradients(self.model)) or "none; their norm overflows"
             raise NonFiniteError(
                 f"the gradient is not finite at step {self.global_step}, though the loss is; "
                 f"parameters with non-finite gradients: {names}"
             )
-        self._log_update(norm, optimizer.param_groups[0]["lr"])
+        self._log_update(norms, optimizer.param_groups[0]["lr"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the count of tokens."""
@@ -123,10 +138,14 @@ class SequenceModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Starts counting afresh."""
         self.metrics = self.metrics_factory()
+        if self.usage is not None:
+            self.usage = UsageMeter()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Counts one batch."""
-        self.metrics.update(self.model(batch.inputs, keep_state=False).y, batch)
+        with nullcontext() if self.usage is None else metering(self.usage):
+            logits = self.model(batch.inputs, keep_state=False).y
+        self.metrics.update(logits, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Adds the counts of all ranks and logs the metrics."""
@@ -134,9 +153,20 @@ class SequenceModule(LightningModule):
         self.metrics.load_sum(self.trainer.strategy.reduce(counts, reduce_op="sum"))
         values = {f"val/{name}": value for name, value in self.metrics.compute().items()}
         self.log_dict(values, logger=False, rank_zero_only=True)
-        self._write(values, self.global_step)
+        self._write(values | self._usage(), self.global_step)
 
-    def _log_update(self, grad_norm: Tensor, lr: float) -> None:
+    def _usage(self) -> dict[str, float]:
+        """The use of tables in this validation, over all ranks."""
+        used = {} if self.usage is None else self.usage.by_layer(self.model)
+        figures: dict[str, float] = {}
+        for layer, usage in used.items():
+            sums = torch.cat([usage.totals.flatten(), torch.tensor([float(usage.tokens)])])
+            sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").cpu()
+            every = Usage(sums[:-1].view_as(usage.totals), int(sums[-1]))
+            figures |= {f"usage/{layer}/{name}": v for name, v in every.metrics().items()}
+        return figures
+
+    def _log_update(self, norms: dict[str | None, Tensor], lr: float) -> None:
         """Writes the row of the update that is about to be made, numbered from 1.
 
         It is on disk before any checkpoint that holds the update, so a run that is killed and
@@ -150,7 +180,11 @@ class SequenceModule(LightningModule):
             f"train/{name}": float(self.trainer.strategy.reduce(value, reduce_op="mean"))
             for name, value in means.items()
         }
-        row = {**reduced, "train/grad_norm": float(grad_norm), "train/lr": lr}
+        clipped = {
+            "train/grad_norm" if group is MAIN else f"train/grad_norm/{group}": float(norm)
+            for group, norm in norms.items()
+        }
+        row = {**reduced, **clipped, "train/lr": lr}
         self._write(row, self.global_step + 1)
 
     def _write(self, row: dict[str, float], step: int) -> None:

@@ -1,24 +1,31 @@
-"""How the optimiser treats each parameter: its weight decay and its largest learning rate."""
+"""How the optimiser treats each parameter: learning rate, weight decay, kind of update."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from layers.protocol import NO_POLICY, Layer, Policy
+from layers.protocol import NO_POLICY, Policy
+from models.table_optimizer import WithTables
 
 
 def make_optimizer(
     model: nn.Module, factory: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 ) -> torch.optim.Optimizer:
-    """The optimiser over `parameter_groups`, none faster than its parameters allow."""
+    """The optimiser over `parameter_groups`, each at the learning rate of its policy.
+
+    A scheduler multiplies these rates. Where tables are updated row by row, the optimiser is
+    wrapped in `WithTables`.
+    """
     optimizer = factory(parameter_groups(model))
     for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * group.pop("lr_multiplier", 1.0)
         if group["max_lr"] is not None:
             group["lr"] = min(group["lr"], group["max_lr"])
-    return optimizer
+    by_rows = any("update" in group for group in optimizer.param_groups)
+    return WithTables(optimizer) if by_rows else optimizer
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -26,26 +33,59 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
     Parameters with two or more axes decay (linear maps, embeddings, filters, learned tokens).
     Vectors and scalars do not, which covers norms, biases and most decay parameters of gates, where
-    decay would change how long a memory lasts. A layer's `policies` exempt others, and say how fast
-    theirs may learn.
+    decay would change how long a memory lasts. The `policies` of the modules that own them exempt
+    others, say how fast theirs may learn and which are updated row by row.
     """
-    groups: dict[tuple[bool, float | None], list[nn.Parameter]] = defaultdict(list)
-    for parameter, policy in _with_policies(model):
+    groups: dict[Policy, list[nn.Parameter]] = defaultdict(list)
+    for parameter, policy in policies_of(model).items():
         if parameter.requires_grad:
-            groups[policy.decays and parameter.ndim >= 2, policy.max_lr].append(parameter)
-    return [
-        # "weight_decay" is left to the optimiser's own option where parameters decay
-        {"params": parameters, "max_lr": max_lr} | ({} if decays else {"weight_decay": 0.0})
-        for (decays, max_lr), parameters in groups.items()
-    ]
+            groups[_as_optimised(parameter, policy)].append(parameter)
+    return [{"params": found, **_options(policy)} for policy, found in groups.items()]
 
 
-def _with_policies(model: nn.Module) -> Iterator[tuple[nn.Parameter, Policy]]:
-    """Every parameter once, with what the module that owns it says of it."""
-    seen: set[int] = set()
+def row_updated(model: nn.Module) -> list[nn.Parameter]:
+    """The tables whose updates touch only the rows that have a gradient."""
+    return [p for p, policy in policies_of(model).items() if policy.update != "dense"]
+
+
+def policies_of(model: nn.Module) -> dict[nn.Parameter, Policy]:
+    """Every parameter once, in the model's order, with what the module that owns it says of it.
+
+    If several modules share a parameter, the first that has a policy for it decides.
+
+    Raises:
+        ValueError: a row update is asked for what is not a table `[N, D]`.
+    """
+    found: dict[nn.Parameter, Policy] = {}
     for module in model.modules():
-        policies = module.policies if isinstance(module, Layer) else {}
+        policies = getattr(module, "policies", {})
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield parameter, policies.get(name, NO_POLICY)
+            policy = policies.get(name, NO_POLICY)
+            if policy.update != "dense" and parameter.ndim != 2:
+                raise ValueError(
+                    f"{type(module).__name__}.{name} has {parameter.ndim} axes; the update "
+                    f"{policy.update!r} is for tables [N, D] and has two"
+                )
+            if found.get(parameter, NO_POLICY) == NO_POLICY:
+                found[parameter] = policy
+    return found
+
+
+def _as_optimised(parameter: nn.Parameter, policy: Policy) -> Policy:
+    """What of the policy the optimiser needs: equal for parameters that are treated alike."""
+    decays = policy.decays and parameter.ndim >= 2
+    return policy._replace(
+        decays=True, weight_decay=policy.weight_decay if decays else 0.0, clip_group=None
+    )
+
+
+def _options(policy: Policy) -> dict[str, Any]:
+    """The options of a parameter group; what is left out is the optimiser's own."""
+    options: dict[str, Any] = {"max_lr": policy.max_lr}
+    if policy.weight_decay is not None:
+        options["weight_decay"] = policy.weight_decay
+    if policy.lr_multiplier != 1:
+        options["lr_multiplier"] = policy.lr_multiplier
+    if policy.update != "dense":
+        options["update"] = policy.update
+    return options

@@ -1,10 +1,12 @@
 """States are pytrees that can be handled without knowing the layer."""
 
+from typing import Literal
+
 import pytest
 import torch
 
 from layers import GatedDeltaNet, SwiGLU, is_loss, load_state, save_state, state_tensors
-from layers.protocol import Layer, join_aux
+from layers.protocol import Layer, join_aux, require_choice
 
 
 def test_a_state_of_another_layer_is_refused(tmp_path):
@@ -34,3 +36,9 @@ def test_a_layer_without_a_forward_says_so():
 def test_active_parameters_of_a_dense_layer_are_all_of_them():
     layer = SwiGLU(16)
     assert layer.active_parameters() == sum(p.numel() for p in layer.parameters())
+
+
+def test_a_choice_that_does_not_exist_is_refused_by_name():
+    require_choice(Literal["layer", "none"], norm="none")
+    with pytest.raises(ValueError, match=r"norm must be one of 'layer', 'none'; got 'layr'"):
+        require_choice(Literal["layer", "none"], norm="layr")
