@@ -9,7 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from layers import Layer, LayerList, Output, Recipe, Residual, Sequential, State, join_aux
+from layers import (
+    Layer,
+    LayerList,
+    Output,
+    Recipe,
+    Residual,
+    Sequential,
+    State,
+    bind_shared_tables,
+    join_aux,
+)
 
 EMBEDDING_STD = 0.02  # GPT-2's; with a tied head it keeps the first logits near zero
 
@@ -21,6 +31,8 @@ class LanguageModel(nn.Module):
     `x + layer(norm(x))`; so one attention block in four is a pattern of four blocks. The model
     obeys the split rule of its layers: feeding a sequence in pieces with the state carried gives
     the logits of feeding it whole.
+
+    Tables that layers share by name belong to the model: `tables` holds each once.
 
     Args:
         d_model: width D of the residual stream.
@@ -37,7 +49,8 @@ class LanguageModel(nn.Module):
     does not grow with depth (as GPT-2 does).
 
     Raises:
-        ValueError: the pattern holds no layer, or n_layers is below 1.
+        ValueError: the pattern holds no layer, n_layers is below 1, or layers that share a table
+            ask for different ones.
     """
 
     def __init__(
@@ -61,6 +74,7 @@ class LanguageModel(nn.Module):
         self.blocks = LayerList(
             _block(d_model, blocks[i % len(blocks)], dropout) for i in range(n_layers)
         )
+        self.tables = nn.ModuleDict(bind_shared_tables(self.blocks))
         self.norm = nn.RMSNorm(d_model)
         self.head = None if tie_embeddings else nn.Linear(d_model, vocab_size, bias=False)
         self._init_weights()
@@ -95,10 +109,10 @@ class LanguageModel(nn.Module):
 
     def active_parameters(self) -> int:
         """Parameters that one token touches: one row of an untied embedding, all of a tied one."""
-        total = sum(p.numel() for p in self.parameters())
-        layers = sum(p.numel() for p in self.blocks.parameters())
-        table = 0 if self.head is None else self.embedding.weight[1:].numel()
-        return total - layers - table + sum(block.active_parameters() for block in self.blocks)
+        ends = [*self.norm.parameters(), *([] if self.head is None else self.head.parameters())]
+        embedding = self.embedding.weight if self.head is None else self.embedding.weight[:1]
+        own = embedding.numel() + sum(p.numel() for p in ends)
+        return own + sum(block.active_parameters() for block in self.blocks)
 
     def _through(self, block: Layer, x: Tensor, state: State, keep_state: bool) -> Output:
         if self.checkpoint_blocks and self.training and torch.is_grad_enabled():

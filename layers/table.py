@@ -1,0 +1,200 @@
+"""Tables of many rows of which a token reads a few: owned by a layer, or by the model for several.
+
+N rows, D width, m rows of a token.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from layers.protocol import Policy, require_at_least
+from ops.table_read import dot_rows, sum_rows
+
+CLIP_GROUP = "tables"  # gradients of tables are clipped together, apart from all others
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """How the optimiser writes a table, and who owns it.
+
+    Attributes:
+        update: what a step does. "lazy" is Adam for the rows that the step has read, "rowwise" is
+            Adagrad for them with one accumulator a row; both leave other rows and their state
+            alone, and gradients are sparse. "dense" gives the table to the model's optimiser like
+            any parameter, with a dense gradient.
+        lr_multiplier: times the model's learning rate, before its schedule.
+        weight_decay: of the rows that a step writes.
+        share: a name under which the model owns the table, so that every layer that gives this name
+            reads the same rows; None for a table of the layer's own.
+    """
+
+    update: Literal["lazy", "rowwise", "dense"] = "lazy"
+    lr_multiplier: float = 1.0
+    weight_decay: float = 0.0
+    share: str | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        if self.lr_multiplier <= 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"lr_multiplier ({self.lr_multiplier}) must be above 0 and weight_decay "
+                f"({self.weight_decay}) 0 or more"
+            )
+
+    def named(self, part: str) -> "TableOptions":
+        """The same for one of several tables of a layer: a shared name tells them apart."""
+        return self if self.share is None else replace(self, share=f"{self.share}_{part}")
+
+
+OWN = TableOptions()
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """What layers ask of a table, whoever owns it and wherever it lies."""
+
+    def sum_rows(
+        self, rows: Int[Tensor, "*t m"], weights: Float[Tensor, "*t m"]
+    ) -> Float[Tensor, "*t d"]:
+        """The rows of each token, weighted and summed."""
+
+    def dot_rows(
+        self, rows: Int[Tensor, "*t m"], x: Float[Tensor, "*t d"]
+    ) -> Float[Tensor, "*t m"]:
+        """The inner product of each token's rows with the token."""
+
+
+class Table(nn.Module):
+    """N rows of D values, N(0, std), of which a token reads m.
+
+    Args:
+        rows: N.
+        dim: D.
+        std: of the values at the start; 0 starts with zeros.
+        options: how it is written.
+    """
+
+    def __init__(self, rows: int, dim: int, *, std: float, options: TableOptions = OWN) -> None:
+        super().__init__()
+        require_at_least(1, rows=rows, dim=dim)
+        self.options = options
+        self.weight = nn.Parameter(torch.empty(rows, dim).normal_(std=std))
+
+    @property
+    def policies(self) -> Mapping[str, Policy]:
+        """What the optimiser is told of the weight."""
+        options = self.options
+        policy = Policy(
+            update=options.update,
+            lr_multiplier=options.lr_multiplier,
+            weight_decay=options.weight_decay,
+            clip_group=CLIP_GROUP,
+        )
+        return {"weight": policy}
+
+    def sum_rows(
+        self, rows: Int[Tensor, "*t m"], weights: Float[Tensor, "*t m"]
+    ) -> Float[Tensor, "*t d"]:
+        """The rows of each token, weighted and summed."""
+        flat = sum_rows(
+            self.weight, rows.flatten(0, -2), weights.flatten(0, -2), sparse_grad=self._sparse
+        )
+        return flat.unflatten(0, rows.shape[:-1])
+
+    def dot_rows(
+        self, rows: Int[Tensor, "*t m"], x: Float[Tensor, "*t d"]
+    ) -> Float[Tensor, "*t m"]:
+        """The inner product of each token's rows with the token."""
+        flat = dot_rows(
+            self.weight, rows.flatten(0, -2), x.flatten(0, -2), sparse_grad=self._sparse
+        )
+        return flat.unflatten(0, rows.shape[:-1])
+
+    @property
+    def _sparse(self) -> bool:
+        return self.options.update != "dense"
+
+    def extra_repr(self) -> str:
+        """Sizes and options, for `print`."""
+        return f"{self.weight.shape[0]:,} x {self.weight.shape[1]}, {self.options}"
+
+
+class SharedTable(nn.Module):
+    """A layer's place in a table that the model owns: reads it, and holds no parameter.
+
+    Args:
+        rows: N, the same in every layer that shares it.
+        dim: D, likewise.
+        std: of the values at the start, likewise.
+        options: with the name.
+    """
+
+    def __init__(self, rows: int, dim: int, *, std: float, options: TableOptions) -> None:
+        super().__init__()
+        self.asked = (rows, dim, std, options)
+        self._owner: tuple[Table, ...] = ()  # in a tuple, or it would count as part of this module
+
+    def make(self) -> Table:
+        """A table as this layer asks for it."""
+        rows, dim, std, options = self.asked
+        return Table(rows, dim, std=std, options=options)
+
+    def bind(self, table: Table) -> None:
+        """Reads this table from now on."""
+        self._owner = (table,)
+
+    def sum_rows(
+        self, rows: Int[Tensor, "*t m"], weights: Float[Tensor, "*t m"]
+    ) -> Float[Tensor, "*t d"]:
+        """As `Table.sum_rows`."""
+        return self._table().sum_rows(rows, weights)
+
+    def dot_rows(
+        self, rows: Int[Tensor, "*t m"], x: Float[Tensor, "*t d"]
+    ) -> Float[Tensor, "*t m"]:
+        """As `Table.dot_rows`."""
+        return self._table().dot_rows(rows, x)
+
+    def _table(self) -> Table:
+        if not self._owner:
+            name = self.asked[-1].share
+            raise ValueError(
+                f"the table {name!r} is shared, and no model owns it yet: put the layer into a "
+                "LanguageModel, call bind_shared_tables on what holds it, or leave share out"
+            )
+        return self._owner[0]
+
+
+def make_table(rows: int, dim: int, *, std: float, options: TableOptions) -> Table | SharedTable:
+    """A table of the layer's own, or its place in a shared one."""
+    kind = Table if options.share is None else SharedTable
+    return kind(rows, dim, std=std, options=options)
+
+
+def bind_shared_tables(module: nn.Module) -> dict[str, Table]:
+    """Makes every shared table below a module, once, and lets its layers read it.
+
+    Returns:
+        The tables by name, which the caller registers as its own: they are parameters of no layer.
+
+    Raises:
+        ValueError: layers that share a table ask for different ones.
+    """
+    tables: dict[str, Table] = {}
+    asked: dict[str, object] = {}
+    for place in module.modules():
+        if isinstance(place, SharedTable):
+            name = str(place.asked[-1].share)
+            if name not in tables:
+                tables[name], asked[name] = place.make(), place.asked
+            if place.asked != asked[name]:
+                raise ValueError(
+                    f"layers that share the table {name!r} ask for different ones: "
+                    f"{asked[name]} and {place.asked} (rows, width, std, options)"
+                )
+            place.bind(tables[name])
+    return tables

@@ -1,0 +1,114 @@
+"""Tables: who owns them, and what the optimiser is told."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from layers import MLP, ProductKeyMemory, TableOptions, bind_shared_tables
+from layers.table import Table, make_table
+from models import LanguageModel, budget
+
+SHARED = TableOptions(share="facts", update="dense")
+small = partial(ProductKeyMemory, heads=2, topk=3, sub_keys=4)
+
+
+def model(*layers) -> LanguageModel:
+    torch.manual_seed(0)
+    return LanguageModel(8, vocab_size=11, n_layers=len(layers), pattern=[[x] for x in layers])
+
+
+def test_layers_that_share_a_name_read_one_table_which_the_model_owns():
+    shared = model(*[partial(small, table=SHARED)] * 3)
+    names = [name for name, _ in shared.named_parameters() if "weight" in name and "tables" in name]
+    assert names == ["tables.facts.weight"]
+    assert sum(p.shape == (16, 8) for p in shared.parameters()) == 1
+    assert [name for name in shared.state_dict() if "values" in name] == []
+
+
+def test_gradient_of_a_shared_table_is_the_sum_over_its_layers():
+    shared = model(*[partial(small, table=SHARED)] * 2)
+    apart = model(*[partial(small, table=TableOptions(update="dense"))] * 2)
+    own = [m.values for m in apart.modules() if isinstance(m, ProductKeyMemory)]
+    weights = {n: p for n, p in shared.state_dict().items() if not n.startswith("tables")}
+    apart.load_state_dict(weights, strict=False)
+    for table in own:
+        table.weight.data.copy_(shared.tables["facts"].weight.data)
+    tokens = torch.randint(11, (2, 6), generator=torch.Generator().manual_seed(0))
+    for m in (shared, apart):
+        m(tokens).y.square().sum().backward()
+    summed = own[0].weight.grad + own[1].weight.grad
+    torch.testing.assert_close(shared.tables["facts"].weight.grad, summed)
+
+
+def test_two_models_do_not_share():
+    a, b = model(partial(small, table=SHARED)), model(partial(small, table=SHARED))
+    assert a.tables["facts"].weight.data_ptr() != b.tables["facts"].weight.data_ptr()
+
+
+def test_state_dict_holds_a_shared_table_once_and_loads_it_tied():
+    saved = model(*[partial(small, table=SHARED)] * 2)
+    loaded = model(*[partial(small, table=SHARED)] * 2)
+    with torch.no_grad():
+        saved.tables["facts"].weight.add_(1)
+    loaded.load_state_dict(saved.state_dict())
+    tokens = torch.arange(6)[None]
+    assert torch.equal(loaded(tokens).y, saved(tokens).y)
+    with torch.no_grad():
+        loaded.tables["facts"].weight.zero_()
+    for layer in loaded.modules():
+        if isinstance(layer, ProductKeyMemory):
+            assert not layer.values.sum_rows(torch.tensor([[1]]), torch.ones(1, 1)).any()
+
+
+def test_layers_that_ask_for_different_tables_under_one_name_are_refused():
+    with pytest.raises(ValueError, match=r"'facts' ask for different ones: \(16, 8.*\(25, 8"):
+        model(partial(small, table=SHARED), partial(small, table=SHARED, sub_keys=5))
+
+
+def test_a_shared_table_without_a_model_says_what_to_do():
+    layer = small(8, table=SHARED)
+    with pytest.raises(ValueError, match="'facts' is shared, and no model owns it yet"):
+        layer(torch.randn(1, 2, 8))
+    holder = nn.ModuleList([layer])
+    tables = bind_shared_tables(holder)
+    assert list(tables) == ["facts"]
+    assert layer(torch.randn(1, 2, 8)).y.shape == (1, 2, 8)
+
+
+def test_budget_counts_a_shared_table_once_and_the_rows_that_a_token_reads():
+    one, two = (model(*[partial(small, table=SHARED)] * n) for n in (1, 2))
+    per_layer = sum(p.numel() for p in small(8, table=SHARED).parameters())
+    assert budget(two, 4).parameters - budget(one, 4).parameters == per_layer + 8  # and a norm
+    read = 2 * 3 * 8
+    assert two.active_parameters() - one.active_parameters() == per_layer + read + 8
+
+
+def test_active_parameters_of_a_dense_model_are_all_of_a_tied_one():
+    dense = model(partial(MLP, expand=2))
+    assert dense.active_parameters() == sum(p.numel() for p in dense.parameters())
+
+
+def test_policy_says_how_rows_are_written():
+    options = TableOptions(update="rowwise", lr_multiplier=4.0, weight_decay=0.1)
+    policy = Table(3, 2, std=1.0, options=options).policies["weight"]
+    assert (policy.update, policy.lr_multiplier, policy.weight_decay) == ("rowwise", 4.0, 0.1)
+    assert policy.clip_group == "tables"
+
+
+@pytest.mark.parametrize("bad", [{"lr_multiplier": 0.0}, {"weight_decay": -0.1}])
+def test_options_out_of_range_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        TableOptions(**bad)
+
+
+@pytest.mark.parametrize("update", ["lazy", "rowwise"])
+def test_rows_updated_alone_have_sparse_gradients(update):
+    table = make_table(6, 3, std=1.0, options=TableOptions(update=update))
+    table.sum_rows(torch.tensor([[4, 1]]), torch.ones(1, 2)).sum().backward()
+    (table.dot_rows(torch.tensor([[4, 2]]), torch.ones(1, 3))).sum().backward()
+    gradient = table.weight.grad
+    assert gradient.is_sparse
+    assert gradient.coalesce().indices().tolist() == [[1, 2, 4]]
+    assert gradient.to_dense()[4].tolist() == [2.0] * 3
