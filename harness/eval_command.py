@@ -1,9 +1,11 @@
 """What `eval.py` does with its command line."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +18,7 @@ from harness.check import TARGET, Config, ConfigError
 from harness.checkpoints import checkpoint_config, checkpoint_vocabulary, read_checkpoint
 from harness.compose import CONFIG_DIR, compose_group, parse_overrides
 from harness.console import reference_line
-from harness.evaluation import Evaluation, check_fit, evaluate, lengthened, restore_model
+from harness.evaluation import Evaluation, FitError, check_fit, evaluate, lengthened, restore_model
 from harness.provenance import provenance
 from harness.run_directory import RunDirectory, RunError, find_run
 from harness.schema import check_config, check_options
@@ -31,6 +33,8 @@ from harness.telemetry import (
     write_telemetry,
 )
 from harness.training import blaming
+from harness.usage_page import print_usage, write_usage
+from layers import Usage, metering
 from models import LanguageModel
 from tasks.base import Task
 
@@ -44,6 +48,7 @@ class EvalOptions:
     split: Literal["val", "test"]
     lengths: list[int] | None
     carry: list[bool] | None
+    usage: bool
     telemetry: int
 
     def __post_init__(self) -> None:
@@ -78,21 +83,25 @@ def evaluate_command(arguments: Sequence[str]) -> list[Evaluation]:
     check_fit(checkpoint_vocabulary(checkpoint), model, tasks[0])
     if asked.telemetry:
         _check_telemetry(run, model)
+    if asked.usage:
+        _require_run(run, "usage")
     precision = config["trainer"].get("precision", "32-true")
-    results = [
-        evaluate(model, built, split=asked.split, carry=carry, precision=precision)
-        for built in tasks
-        for carry in _carries(asked.carry, built)
-    ]
+    cases = [(built, carry) for built in tasks for carry in _carries(asked.carry, built)]
+    score = partial(evaluate, model, split=asked.split, precision=precision)
+    with metering() if asked.usage else nullcontext() as meter:
+        results = [score(cases[0][0], carry=cases[0][1])]
+    results += [score(built, carry=carry) for built, carry in cases[1:]]
     print_evaluations(results, f"{file} on {task[TARGET]} ({asked.split})")
     print(reference_line(tasks[0], asked.split))
     if run.config.exists():
         _record(run, file, asked, task, results)
+    title = f"{run.name}, {file.name} on {tasks[0].name} ({asked.split})"
+    if meter is not None:
+        _report_usage(meter.by_layer(model), run, title)
     if asked.telemetry:
         trace = record_trace(
             model, tasks[0], split=asked.split, count=asked.telemetry, precision=precision
         )
-        title = f"{run.name}, {file.name} on {tasks[0].name} ({asked.split})"
         _report(trace, write_telemetry(run.telemetry, trace, tasks[0], title))
     return results
 
@@ -175,10 +184,23 @@ def _carries(asked: list[bool] | None, task: Task) -> list[bool]:
     return [False, True] if task.continues else [False]
 
 
+def _require_run(run: RunDirectory, option: str) -> None:
+    """Raises RunError where there is no run directory to write to."""
+    if not run.config.exists():
+        raise RunError(f"{option}: {run.path} is no run directory to write to; give one as run=")
+
+
+def _report_usage(usage: Mapping[str, Usage], run: RunDirectory, title: str) -> None:
+    """Prints and writes how evenly tables are used."""
+    if not usage:
+        raise FitError("usage: no layer of this model reads a table; one with ffn=pkm does")
+    print_usage(usage)
+    print("\n".join(map(str, write_usage(run.usage, usage, title))))
+
+
 def _check_telemetry(run: RunDirectory, model: LanguageModel) -> None:
     """Raises RunError or FitError where there would be nothing to write, or nowhere."""
-    if not run.config.exists():
-        raise RunError(f"telemetry: {run.path} is no run directory to write to; give one as run=")
+    _require_run(run, "telemetry")
     files = sorted((CONFIG_DIR / "mixer").glob("*.yaml"))
     check_surprise(model, [file.stem for file in files if _learns_at_test_time(file)])
 

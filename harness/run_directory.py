@@ -66,6 +66,11 @@ class RunDirectory:
         return self.path / "evaluations.jsonl"
 
     @property
+    def usage(self) -> Path:
+        """What eval.py found of the use of tables."""
+        return self.path / "usage"
+
+    @property
     def telemetry(self) -> Path:
         """What memories reported along a text, in the last evaluation that asked for it."""
         return self.path / "telemetry"

@@ -65,6 +65,7 @@ class Options:
         label: of the run's row in a table; it changes no result.
         compile: run the model through torch.compile.
         checkpoint_every: updates between two writes of `last.ckpt`.
+        usage: measure at each validation how evenly layers use the rows of their tables.
     """
 
     seed: int = 0
@@ -72,6 +73,7 @@ class Options:
     label: str | None = None
     compile: bool = False
     checkpoint_every: int = 100
+    usage: bool = False
 
     def __post_init__(self) -> None:
         """Checks the ranges."""

@@ -66,12 +66,16 @@ class Section:
 
 def page(title: str, tokens: Sequence[Token], sections: Sequence[Section]) -> str:
     """The page, complete."""
-    parts = "".join(_section(section, tokens) for section in sections)
+    return document(title, "".join(_section(section, tokens) for section in sections))
+
+
+def document(title: str, body: str) -> str:
+    """A page in the style of this module, around a body of HTML."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
-        f"<body><h1>{escape(title)}</h1>\n{parts}</body></html>\n"
+        f"<body><h1>{escape(title)}</h1>\n{body}</body></html>\n"
     )
 
 

@@ -165,6 +165,7 @@ def _module(config: Config, model: LanguageModel, task: Task) -> SequenceModule:
         schedule=build(config["schedule"]),
         metrics=task.metrics,
         log_every=config["trainer"].get("log_every_n_steps", 50),
+        usage=options(config).usage,
         seed=options(config).seed,
     )
 
