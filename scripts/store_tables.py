@@ -1,0 +1,257 @@
+"""Stores the tables of a trained run in few bits, and measures what that loses and saves.
+
+RUN/tables/8bit and RUN/tables/4bit each get a file per table and the rest of the model: all that
+serving it needs. Each form, and fp32 in memory, is evaluated in a process of its own.
+"""
+
+import argparse
+import gc
+import multiprocessing
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from harness.build import build
+from harness.checkpoints import (
+    AtomicCheckpointIO,
+    checkpoint_config,
+    checkpoint_vocabulary,
+    read_checkpoint,
+)
+from harness.cli import report_errors
+from harness.evaluation import Evaluation, check_fit, evaluate, restore_model
+from harness.run_directory import RunDirectory, RunError, find_run
+from harness.schema import check_config
+from harness.training import build_model
+from layers.stored_table import Reads, StoredTable, replace_tables, store_tables
+from layers.table import Table
+from models import LanguageModel
+from scripts.reporting.measured import measured
+from scripts.reporting.page import place
+from tasks.base import EvalSplit, Task
+
+MODEL = "model.ckpt"  # beside the tables: the rest of the model
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a process that served a model has measured.
+
+    Attributes:
+        evaluation: on the task of the run.
+        table_bytes: of its tables, in memory or in files.
+        reads: of stored tables, all together; none of tables in memory.
+        before: MiB of its resident memory by kind, the libraries loaded and no model.
+        after: the same, evaluation done and the model still there.
+    """
+
+    evaluation: Evaluation
+    table_bytes: int
+    reads: Reads
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+def export(run: RunDirectory, checkpoint: Path, bits: int) -> Path:
+    """Writes a folder that serves a checkpoint's model from stored tables.
+
+    The model is written last, and that of an earlier export deleted first, so that a folder with a
+    model has all of its tables.
+
+    Raises:
+        RunError: the model has no table, or one that is not finite.
+    """
+    folder = run.path / "tables" / f"{bits}bit"
+    (folder / MODEL).unlink(missing_ok=True)
+    read = read_checkpoint(checkpoint)
+    config = checkpoint_config(read)
+    check_config(config)
+    model = restore_model(config, read)
+    try:
+        files = store_tables(model, folder, bits=bits)
+    except ValueError as error:
+        raise RunError(f"{checkpoint}: {error}") from error
+    weights = model.state_dict()
+    for name in files:
+        del weights[f"{name}.weight"]
+    kept = {k: v for k, v in read.items() if k not in ("state_dict", "optimizer_states")}
+    kept |= {"weights": dict(weights), "buffers": dict(model.named_buffers())}
+    AtomicCheckpointIO().save_checkpoint(kept, folder / MODEL)
+    return folder
+
+
+def served_model(folder: Path, *, cache_bytes: int) -> LanguageModel:
+    """The model of an exported folder, ready to evaluate; its tables are never in memory.
+
+    It is built without memory, gets its tables from their files, and then all else from its own.
+
+    Raises:
+        RunError: the folder has no model.
+        TableFileError: a table's file cannot be used.
+    """
+    read = read_checkpoint(folder / MODEL)
+    config = checkpoint_config(read)
+    task = build(config["task"])
+    with torch.device("meta"):
+        model = build_model(config, task)
+    replace_tables(model, folder, cache_bytes=cache_bytes)
+    model.load_state_dict(read["weights"], assign=True)
+    for name, value in read["buffers"].items():  # also those that a state_dict leaves out
+        owner, _, buffer = name.rpartition(".")
+        setattr(model.get_submodule(owner), buffer, value)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval()
+
+
+def measure(where: Path, *, split: EvalSplit, cache_bytes: int) -> Served:
+    """Serves and evaluates a model in this process.
+
+    Args:
+        where: an exported folder, or a checkpoint for fp32 tables in memory.
+        split: of the run's task.
+        cache_bytes: for all stored tables together.
+    """
+    before = resident()
+    stored = where.is_dir()
+    read = read_checkpoint(where / MODEL if stored else where)
+    config, vocabulary = checkpoint_config(read), checkpoint_vocabulary(read)
+    model = served_model(where, cache_bytes=cache_bytes) if stored else restore_model(config, read)
+    del read
+    task: Task = build(config["task"])
+    task.prepare_data()
+    check_fit(vocabulary, model, task)
+    precision = config["trainer"].get("precision", "32-true")
+    evaluation = evaluate(model, task, split=split, precision=precision)
+    gc.collect()
+    after = resident()
+    return Served(evaluation, _table_bytes(model), _reads(model), before, after)
+
+
+def _table_bytes(model: LanguageModel) -> int:
+    stored = {m.file.path: m.file.layout.file for m in _stored(model)}
+    held = [m.weight.nbytes for m in model.modules() if isinstance(m, Table)]
+    return sum(stored.values()) + sum(held)
+
+
+def _reads(model: LanguageModel) -> Reads:
+    total = Reads()
+    for table in _stored(model):
+        for name, value in vars(table.reads).items():
+            setattr(total, name, getattr(total, name) + value)
+    return total
+
+
+def _stored(model: LanguageModel) -> list[StoredTable]:
+    return [module for module in model.modules() if isinstance(module, StoredTable)]
+
+
+def resident() -> dict[str, float]:
+    """MiB of this process's memory: `RssAnon`, its own, and `RssFile`, which mapped files fill."""
+    kinds = ("RssAnon", "RssFile")
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:  # not on Linux
+        return dict.fromkeys(kinds, float("nan"))
+    found = dict(line.split(":", 1) for line in lines)
+    return {kind: int(found[kind].split()[0]) / 1024 for kind in kinds}
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Exports, measures, and prints the table or puts it into a file.
+
+    Raises:
+        RunError: no run there, or one without tables.
+    """
+    asked = _parser().parse_args(arguments)
+    directory, file = find_run(asked.run)
+    checkpoint = file or directory.best
+    forms = {"fp32 in memory": checkpoint}
+    for bits in asked.bits:
+        forms[f"{bits} bits in a file"] = export(directory, checkpoint, bits)
+    served = {
+        name: _in_a_process(where, asked.split, int(asked.cache_mb * MIB))
+        for name, where in forms.items()
+    }
+    config = checkpoint_config(read_checkpoint(checkpoint))
+    task: Task = build(config["task"])
+    report = measured(_rows(served, task, asked.split), _remarks(served, asked), [config["seed"]])
+    if asked.out:
+        place(report, asked.out, asked.name)
+    print(report)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python scripts/store_tables.py", description=__doc__)
+    parser.add_argument("run", metavar="RUN", help="a run directory, or one of its checkpoints")
+    parser.add_argument("--bits", type=int, nargs="+", choices=[8, 4], default=[8, 4])
+    parser.add_argument(
+        "--cache-mb", type=float, default=16, help="MiB for the rows of all tables that were read"
+    )
+    parser.add_argument("--split", choices=["val", "test"], default="val")
+    parser.add_argument("--out", type=Path, metavar="FILE.md", help="put the table there")
+    parser.add_argument("--name", default="stored", help="of the table, in the file's markers")
+    return parser
+
+
+def _in_a_process(where: Path, split: EvalSplit, cache_bytes: int) -> Served:
+    """`measure` in a new process, whose memory nothing else has used."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(measure, where, split=split, cache_bytes=cache_bytes).result()
+
+
+def _rows(served: Mapping[str, Served], task: Task, split: str) -> list[dict[str, str]]:
+    sign = {"max": 1.0, "min": -1.0}[task.monitor_mode]
+    exact, *_ = served.values()
+
+    def lost(form: Served, metric: str, better: float) -> str:
+        change = exact.evaluation.metrics[metric] - form.evaluation.metrics[metric]
+        return "" if form is exact else f"{better * change:+.4f}"
+
+    directions = {"loss": -1.0, task.monitor: sign}
+    rows = []
+    for name, form in served.items():
+        metrics, reads = form.evaluation.metrics, form.reads
+        quality = {}
+        for metric, better in directions.items():
+            quality[f"{metric} ({split})"] = f"{metrics[metric]:.4f}"
+            quality[f"lost in {metric}"] = lost(form, metric, better)
+        rows.append(
+            {
+                "tables": name,
+                **quality,
+                "MiB of tables": f"{form.table_bytes / MIB:.2f}",
+                "tokens/s": f"{form.evaluation.tokens_per_second:,.0f}",
+                "rows read/s": f"{reads.rows / reads.seconds:,.0f}" if reads.rows else "",
+                "from the cache": f"{reads.cached / reads.rows:.1%}" if reads.rows else "",
+                "RssAnon, MiB": f"{form.after['RssAnon']:.0f}",
+                "RssFile, MiB": f"{form.after['RssFile']:.0f}",
+            }
+        )
+    return rows
+
+
+def _remarks(served: Mapping[str, Served], asked: argparse.Namespace) -> list[str]:
+    befores = [form.before for form in served.values()]
+    anonymous, mapped = (max(b[kind] for b in befores) for kind in ("RssAnon", "RssFile"))
+    return [
+        "Lost: against fp32, above 0 where it is worse.",
+        "Rows read: distinct ones of a call, by the time that looking them up, reading and "
+        f"decoding them took; caches of {asked.cache_mb:g} MiB, at first empty. Files had just "
+        "been written, so that the system had them in memory still.",
+        "RssAnon and RssFile: resident memory of a process that has served the evaluation, its own "
+        "and that of mapped files, which the system takes back when it needs to; before the model "
+        f"they were at most {anonymous:.0f} and {mapped:.0f} MiB.",
+    ]
+
+
+if __name__ == "__main__":
+    with report_errors():
+        run(sys.argv[1:])
