@@ -1,0 +1,46 @@
+"""A table of figures that a program of its own measured, with where they came from."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from harness.provenance import provenance
+
+
+def measured(
+    rows: Sequence[Mapping[str, str]], remarks: Sequence[str], seeds: Sequence[int]
+) -> str:
+    """Markdown: the table, what must be known to read it, and the command.
+
+    Args:
+        rows: cells by column; the columns are those of the first.
+        remarks: a sentence each.
+        seeds: that every row is a mean over.
+    """
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns), *([row[c] for c in columns] for row in rows)]
+    facts = provenance()
+    notes = [*remarks, f"Seeds {', '.join(map(str, seeds))}.", _origin(facts)]
+    return "\n\n".join(
+        [
+            "\n".join(f"| {' | '.join(line)} |" for line in lines),
+            "\n".join(f"- {note}" for note in notes),
+            f"```bash\npython scripts/{facts['command']}\n```",
+        ]
+    )
+
+
+def mean_and_spread(values: Sequence[float], digits: int) -> str:
+    """The mean and, of several values, their standard deviation."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def _origin(facts: Mapping[str, Any]) -> str:
+    versions = facts["versions"]
+    return (
+        f"Measured {datetime.now(UTC):%Y-%m-%d}; {facts['hardware']}; Python {versions['python']}, "
+        f"torch {versions['torch']}; commit {facts['commit'][:12]}"
+        f"{' with uncommitted changes' if '+' in facts['commit'] else ''}."
+    )
