@@ -87,6 +87,9 @@ class MatrixMemory(Memory):
     rotary_base: float | None = None
     """Wavelength base if keys and queries are rotated to their positions."""
 
+    chunk_size: int = 64
+    """Tokens per tile of the rule's chunked form, which changes speed, not the function."""
+
     def __init__(
         self,
         d_model: int,

@@ -23,10 +23,20 @@ from layers.protocol import (
 from layers.registry import register
 from layers.short_convolution import ConvState, ShortConvolution
 from layers.telemetry import observe
-from ops.precision import without_autocast
-from ops.routing import Packing, Routes, balance_loss, load, pack, packed, route, unpacked
+from ops.routing import (
+    Packing,
+    Routes,
+    balance_loss,
+    pack,
+    packed,
+    route,
+    router_logits,
+    router_telemetry,
+    spread,
+    unpacked,
+    z_loss,
+)
 
-_MULTIPLE = 64  # of which packed sequences are long: the chunk of the rules
 _HASH = 0x45D9F3B  # odd; products of it and 32 bits fit into 64
 
 
@@ -159,7 +169,7 @@ class MixtureOfMemories(Memory):
         """What the routed memories of each token, and the shared one, hold for its query."""
         state = self.init_state(len(x)) if state is None else state
         routes = route(self._logits(x, state.position, advance=False), self.top_k)
-        weights = _spread(routes)
+        weights = spread(routes)
         q = self.base.queries(x, self._places(state))
         reads = [
             self.base.read(q, map_state(partial(torch.select, dim=1, index=m), state.memories))
@@ -207,7 +217,7 @@ class MixtureOfMemories(Memory):
     def _logits(self, x: Tensor, position: tuple[Tensor, ...], *, advance: bool = True) -> Tensor:
         """The router's logits `[B, T, M]`, in at least fp32."""
         if self.router is not None:
-            return _exact_linear(x, self.router.weight)
+            return router_logits(x, self.router.weight)
         if self.memories == 1:
             return at_least_fp32(x.new_zeros(*x.shape[:2], 1))
         places = position[0][:, None] + torch.arange(x.shape[1], device=x.device) * advance
@@ -216,7 +226,7 @@ class MixtureOfMemories(Memory):
 
     def _routed(self, x: Tensor, routes: Routes, state: MixtureState) -> tuple[Tensor, Any, Tensor]:
         """Weighted reads `[B, T, H, V]` of the routed memories, and what they hold after."""
-        packing = pack(routes.memory, self.memories, multiple=_MULTIPLE)
+        packing = pack(routes.memory, self.memories, multiple=self.base.chunk_size)
         operands, tails = self._operands(x, packing, state)
         memories = map_state(_by_memory, state.memories)
         y, memories = self.base.remember(operands.masked(packing.present), memories)
@@ -252,26 +262,18 @@ class MixtureOfMemories(Memory):
         """Losses of a router that learns, and how evenly it loads the memories."""
         if self.memories == 1:
             return {}
-        share = load(routes) / self.top_k
-        entropy = -torch.special.xlogy(routes.probability, routes.probability).sum(-1).mean()
-        aux = {"load_max": share.max(), "load_min": share.min(), "router_entropy": entropy.detach()}
+        aux = router_telemetry(routes)
         if self.router is None:
             return aux
         if self.balance_loss:
             aux["loss_balance"] = self.balance_loss * balance_loss(routes)
         if self.z_loss:
-            aux["loss_z"] = self.z_loss * logits.logsumexp(-1).square().mean()
+            aux["loss_z"] = self.z_loss * z_loss(logits)
         return aux
 
     def _observe(self, routes: Routes) -> None:
         """Weight of every memory for each token, `[B, T, M]`."""
-        observe(self, "route", _spread(routes))
-
-
-@without_autocast
-def _exact_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """A linear map in at least fp32."""
-    return F.linear(at_least_fp32(x), at_least_fp32(weight))
+        observe(self, "route", spread(routes))
 
 
 def _hashed(numbers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -279,11 +281,6 @@ def _hashed(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     for _ in range(2):
         numbers = (numbers ^ (numbers >> 16)) * _HASH & 0xFFFFFFFF
     return ((numbers ^ (numbers >> 16)).double() / 2**31 - 1).to(dtype)
-
-
-def _spread(routes: Routes) -> Tensor:
-    """Weights of all memories, zero where a token does not go, `[B, T, M]`."""
-    return torch.zeros_like(routes.probability).scatter(-1, routes.memory, routes.weight)
 
 
 def _by_memory(state: Tensor) -> Tensor:

@@ -1,11 +1,25 @@
-"""Routes of tokens, and their packing into one sequence per memory and row."""
+"""Routes of tokens, their packing into sequences, and their grouping by expert."""
 
 import math
 
 import pytest
 import torch
 
-from ops.routing import balance_loss, load, pack, packed, route, unpacked
+from ops.routing import (
+    balance_loss,
+    group,
+    grouped,
+    load,
+    pack,
+    packed,
+    route,
+    router_logits,
+    router_telemetry,
+    spread,
+    ungrouped,
+    unpacked,
+    z_loss,
+)
 
 MULTIPLE = 64
 SIZES = [  # batch, tokens, memories, k
@@ -177,3 +191,124 @@ def test_equal_logits_choose_different_memories():
     assert all(len(set(choice)) == 3 for choice in routes.memory.flatten(0, 1).tolist())
     assert routes.weight.sum().item() == pytest.approx(100)
     assert math.isclose(routes.weight[0, 0, 0].item(), 1 / 3, rel_tol=1e-6)
+
+
+def test_weights_can_be_left_as_probabilities():
+    logits = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
+    raw, normed = route(logits, 3, renormalize=False), route(logits, 3)
+    assert torch.equal(raw.weight, raw.probability.gather(-1, raw.memory))
+    assert torch.equal(raw.memory, normed.memory)
+    torch.testing.assert_close(normed.weight * raw.weight.sum(-1, keepdim=True), raw.weight)
+
+
+def test_weights_spread_over_all_memories():
+    routes = routes_of((2, 9, 5, 2))
+    weights = spread(routes)
+    assert weights.shape == (2, 9, 5)
+    assert ((weights > 0).sum(-1) == 2).all()
+    assert torch.equal(weights.gather(-1, routes.memory), routes.weight)
+
+
+def test_telemetry_of_a_router():
+    index = torch.tensor([[[0, 2], [2, 1], [2, 0], [0, 2]]])
+    routes = route(torch.zeros(1, 4, 4).scatter(-1, index, 2.0).requires_grad_(), 2)
+    told = router_telemetry(routes)
+    assert told["load_max"].item() == 0.5
+    assert told["load_min"].item() == 0
+    p = torch.tensor([math.exp(2), math.exp(2), 1, 1]) / (2 * math.exp(2) + 2)
+    assert told["router_entropy"].item() == pytest.approx(-(p * p.log()).sum().item())
+    assert not any(value.requires_grad for value in told.values())
+    certain = router_telemetry(route(sent([[0, 1]], 3) * 100, 1))
+    assert certain["router_entropy"] == 0
+
+
+def test_z_loss_is_the_squared_log_partition():
+    assert z_loss(torch.zeros(2, 3, 4)).item() == pytest.approx(math.log(4) ** 2)
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bf16"])
+def test_a_routers_logits_are_exact_in_half_precision(autocast):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(s, generator=generator) for s in ((2, 9, 16), (5, 16)))
+    if not autocast:
+        x, weight = x.bfloat16(), weight.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = router_logits(x, weight)
+    torch.testing.assert_close(logits, x.float() @ weight.float().T)
+    assert router_logits(x.double(), weight).dtype == torch.float64
+
+
+# Groups.
+
+MANY = 40
+
+
+def grouping_of(seed, experts, most, multiple):
+    """Up to `most` copies of each of MANY tokens, to different experts."""
+    generator = torch.Generator().manual_seed(seed)
+    copies = torch.randint(0, most + 1, (MANY,), generator=generator)
+    chosen = [torch.randperm(experts, generator=generator)[:n] for n in copies]
+    expert = torch.cat(chosen)
+    return expert, copies, group(expert, copies, experts, multiple=multiple)
+
+
+CASES = [(0, 5, 3, 8), (1, 6, 6, 1), (2, 3, 1, 4), (3, 64, 2, 8), (4, 4, 0, 8), (5, 1, 1, 8)]
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+
+
+@every_case
+def test_a_group_holds_the_tokens_of_its_expert_in_order_then_padding(case):
+    expert, copies, groups = grouping_of(*case)
+    tokens = torch.arange(MANY).repeat_interleave(copies)
+    multiple = case[3]
+    assert len(groups.token) == sum(groups.rows)
+    for e, rows in enumerate(groups.token.split(groups.rows)):
+        held = tokens[expert == e]
+        assert torch.equal(rows[: len(held)], held)
+        assert not rows[len(held) :].any()
+        assert len(rows) == -(-len(held) // multiple) * multiple
+
+
+@every_case
+def test_every_copy_lies_in_a_row_of_its_own_with_its_expert(case):
+    expert, copies, groups = grouping_of(*case)
+    tokens = torch.arange(MANY).repeat_interleave(copies)
+    assert torch.equal(groups.token[groups.place], tokens)
+    assert groups.place.unique().numel() == len(expert)
+    of_row = torch.arange(case[1]).repeat_interleave(torch.tensor(groups.rows))
+    assert torch.equal(of_row[groups.place], expert)
+    assert torch.equal(groups.offset, copies.cumsum(0) - copies)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@every_case
+def test_grouping_and_weighting_what_comes_back_is_the_sum_over_experts(case, dtype):
+    expert, copies, groups = grouping_of(*case)
+    generator = torch.Generator().manual_seed(1)
+    x, factor, weight = (
+        torch.randn(size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for size in ((MANY, 5), (case[1], 5), (len(expert),))
+    )
+    of_row = torch.arange(case[1]).repeat_interleave(torch.tensor(groups.rows))
+    got = ungrouped(grouped(x, groups) * factor[of_row], groups, weight)
+    assert got.dtype == dtype
+    exact = [t.detach().double().requires_grad_() for t in (x, factor, weight)]
+    tokens = torch.arange(MANY).repeat_interleave(copies)
+    terms = exact[0][tokens] * exact[1][expert] * exact[2][:, None]
+    expected = torch.zeros(MANY, 5).double().index_add(0, tokens, terms)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+    gradients = torch.autograd.grad(got.double().square().sum(), [x, factor, weight])
+    wanted = torch.autograd.grad(expected.square().sum(), exact)
+    for gradient, want in zip(gradients, wanted, strict=True):
+        error = (gradient.double() - want).norm() / want.norm().clamp(min=1)
+        assert error <= tolerance
+
+
+def test_without_numbers_loads_are_even_and_nothing_is_padded():
+    expert = torch.zeros(23, dtype=torch.long, device="meta")
+    groups = group(expert, expert.new_zeros(10), 4, multiple=8)
+    assert groups.rows == [6, 6, 6, 5]
+    x = torch.zeros(10, 3, device="meta")
+    y = ungrouped(grouped(x, groups), groups, torch.zeros(23, device="meta"))
+    assert y.shape == (10, 3)
