@@ -5,6 +5,7 @@ An import line here is what puts a layer on the map.
 
 from layers.block_ffn import BlockFFN
 from layers.bmojo import BMojo
+from layers.chunk_mixture_of_experts import ChunkMixtureOfExperts, ChunkState
 from layers.combinators import Parallel, Residual, Sequential
 from layers.cross_decoder import CrossDecoder
 from layers.delta_net import DeltaNet

@@ -18,7 +18,10 @@ SMALL = (
 )
 SMALL_MQAR = ("task.seq_len=16", "task.pairs=2", "task.test_pairs=[2]", "task.batch_size=2")
 SMALL_NEEDLE = ("task.seq_len=32", "task.batch_size=2", "task.test_examples=2")
+SMALL_FACTS = ("task.subjects=20", "task.objects=8", "task.batch_size=8")
 SMALL_TASK = {
+    "facts": SMALL_FACTS,
+    "facts_two_phases": (*SMALL_FACTS, "task.counted_batches=2", "task.second_phase_after=1"),
     "mqar": SMALL_MQAR,
     "mqar_paper": SMALL_MQAR,
     "mqar_hard": SMALL_MQAR,
@@ -30,6 +33,8 @@ SMALL_TASK = {
     "text": ("task.seq_len=32", "task.batch_size=2"),
     "text_sentencepiece": ("task.seq_len=32", "task.batch_size=2"),
 }
+# Of the groups whose files choose a task; the others are tried on MQAR.
+SMALL_OF = {"task": SMALL_TASK, "experiment": {"demo": SMALL_MQAR, "facts": SMALL_FACTS}}
 
 
 GROUPS = (
@@ -55,7 +60,7 @@ CASES = [(group, name) for group in GROUPS for name in files(group)]
 @pytest.mark.parametrize(("group", "name"), CASES, ids=str)
 def test_every_config_takes_a_step(tmp_path, group, name, text_cache, monkeypatch):
     monkeypatch.setenv("MNEME_CACHE", str(text_cache))
-    small_task = SMALL_TASK[name] if group == "task" else SMALL_MQAR
+    small_task = SMALL_OF[group][name] if group in SMALL_OF else SMALL_MQAR
     composed = compose_checked([*SMALL, *small_task, f"{group}={name}", f"run_dir={tmp_path}"])
     run, summary = start_run(composed)
     losses = [row["train/loss"] for row in read_metrics(run.metrics) if "train/loss" in row]
