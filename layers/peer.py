@@ -16,12 +16,12 @@ Scores = Literal["softmax", "sigmoid"]
 Activation = Literal["gelu", "relu", "identity"]
 
 _ACTIVATIONS = {"gelu": nn.GELU(), "relu": nn.ReLU(), "identity": nn.Identity()}
-_SMALL = {"heads": 2, "topk": 3, "sub_keys": 4, "table": TableOptions(update="dense")}
+_SMALL = {"heads": 2, "top_k": 3, "sub_keys": 4, "table": TableOptions(update="dense")}
 
 
 @register(
     default=_SMALL,
-    sigmoid=_SMALL | {"scores": "sigmoid", "activation": "relu", "query_norm": "none", "topk": 12},
+    sigmoid=_SMALL | {"scores": "sigmoid", "activation": "relu", "query_norm": "none", "top_k": 12},
 )
 class PEER(Layer):
     """Parameter-efficient expert retrieval: "Mixture of A Million Experts" (arXiv 2407.04153).
@@ -37,7 +37,7 @@ class PEER(Layer):
     Args:
         d_model: width D.
         heads: h; default 8.
-        topk: experts of a head, k; default 16.
+        top_k: experts of a head, k; default 16.
         sub_keys: n; there are n^2 experts; default 256.
         key_dim: width of a query, both halves; default D/2 rounded to an even number, as the paper
             does not give it.
@@ -56,7 +56,7 @@ class PEER(Layer):
         d_model: int,
         *,
         heads: int = 8,
-        topk: int = 16,
+        top_k: int = 16,
         sub_keys: int = 256,
         key_dim: int | None = None,
         query_norm: QueryNorm = "layer",
@@ -73,7 +73,7 @@ class PEER(Layer):
         self.keys = ProductKeys(
             d_model,
             heads=heads,
-            topk=topk,
+            top_k=top_k,
             sub_keys=sub_keys,
             key_dim=default_key_dim(d_model) if key_dim is None else key_dim,
             query_norm=query_norm,
@@ -81,7 +81,7 @@ class PEER(Layer):
         )
         rows = self.keys.rows
         self.down = make_table(rows, d_model, std=d_model**-0.5, options=table.named("down"))
-        self.up = make_table(rows, d_model, std=(heads * topk) ** -0.5, options=table.named("up"))
+        self.up = make_table(rows, d_model, std=(heads * top_k) ** -0.5, options=table.named("up"))
 
     def forward(self, x: Float[Tensor, "b t d"], state: State = None) -> Output:
         """Builds and applies each position's neurons."""
@@ -96,5 +96,5 @@ class PEER(Layer):
         """All but the experts that a token does not use."""
         own = sum(p.numel() for p in self.parameters())
         tables = [*self.down.parameters(), *self.up.parameters()]
-        used = 2 * self.keys.heads * self.keys.topk * self.d_model
+        used = 2 * self.keys.heads * self.keys.top_k * self.d_model
         return own - sum(p.numel() for p in tables) + used

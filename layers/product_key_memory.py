@@ -17,12 +17,12 @@ Gate = Literal["silu", "sigmoid", "none"]
 
 CLOSED = -2.0  # where a sigmoid gate begins: a new memory adds an eighth of what it reads
 
-_SMALL = {"heads": 2, "topk": 3, "sub_keys": 4, "table": TableOptions(update="dense")}
+_SMALL = {"heads": 2, "top_k": 3, "sub_keys": 4, "table": TableOptions(update="dense")}
 
 
 @register(
     default=_SMALL,
-    plain=_SMALL | {"gate": "none", "query_norm": "none", "scores": "relu", "topk": 12},
+    plain=_SMALL | {"gate": "none", "query_norm": "none", "scores": "relu", "top_k": 12},
     one_gate=_SMALL | {"gate": "sigmoid"},
     narrow=_SMALL | {"gate": "none", "value_dim": 6, "key_dim": 10},
 )
@@ -42,7 +42,7 @@ class ProductKeyMemory(Layer):
     Args:
         d_model: width D.
         heads: h; default 4. Their sums are added.
-        topk: k; default 32.
+        top_k: k; default 32.
         sub_keys: n; the table has n^2 rows; default 256.
         key_dim: width of a query, both halves; default D/2 rounded to an even number.
         value_dim: width of a row; default D.
@@ -68,7 +68,7 @@ class ProductKeyMemory(Layer):
         d_model: int,
         *,
         heads: int = 4,
-        topk: int = 32,
+        top_k: int = 32,
         sub_keys: int = 256,
         key_dim: int | None = None,
         value_dim: int | None = None,
@@ -86,7 +86,7 @@ class ProductKeyMemory(Layer):
         self.keys = ProductKeys(
             d_model,
             heads=heads,
-            topk=topk,
+            top_k=top_k,
             sub_keys=sub_keys,
             key_dim=default_key_dim(d_model) if key_dim is None else key_dim,
             query_norm=query_norm,
@@ -113,7 +113,7 @@ class ProductKeyMemory(Layer):
         """All but the rows of the table that a token does not read."""
         own = sum(p.numel() for p in self.parameters())
         table = sum(p.numel() for p in self.values.parameters())
-        return own - table + self.keys.heads * self.keys.topk * self.value_dim
+        return own - table + self.keys.heads * self.keys.top_k * self.value_dim
 
 
 def default_key_dim(d_model: int) -> int:

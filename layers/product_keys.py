@@ -39,7 +39,7 @@ class ProductKeys(nn.Module):
     Args:
         d_model: width D of what queries are made of.
         heads: h; each makes a query of its own.
-        topk: k.
+        top_k: k.
         sub_keys: n.
         key_dim: K, even: both halves together.
         query_norm: "layer" normalises each half of a query alone, with a learned scale and bias.
@@ -56,21 +56,21 @@ class ProductKeys(nn.Module):
         d_model: int,
         *,
         heads: int,
-        topk: int,
+        top_k: int,
         sub_keys: int,
         key_dim: int,
         query_norm: QueryNorm,
         shared: bool = False,
     ) -> None:
         super().__init__()
-        require_at_least(1, heads=heads, topk=topk, sub_keys=sub_keys)
+        require_at_least(1, heads=heads, top_k=top_k, sub_keys=sub_keys)
         if key_dim < 2 or key_dim % 2:
             raise ValueError(f"key_dim must be even and 2 or more, for two halves; got {key_dim}")
-        if topk > sub_keys**2:
+        if top_k > sub_keys**2:
             raise ValueError(
-                f"topk ({topk}) must be at most the rows there are, sub_keys^2 = {sub_keys**2}"
+                f"top_k ({top_k}) must be at most the rows there are, sub_keys^2 = {sub_keys**2}"
             )
-        self.heads, self.topk, self.sub_keys = heads, topk, sub_keys
+        self.heads, self.top_k, self.sub_keys = heads, top_k, sub_keys
         half = key_dim // 2
         self.query_proj = nn.Linear(d_model, heads * key_dim)
         self.norm = _query_norm(query_norm, heads, half)
@@ -81,7 +81,7 @@ class ProductKeys(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Selected:
         """The rows of each token, under autocast those of the same tokens without it."""
-        scores, rows = product_key_topk(_scores(x.flatten(0, 1), self), self.topk)
+        scores, rows = product_key_topk(_scores(x.flatten(0, 1), self), self.top_k)
         return Selected(scores.unflatten(0, x.shape[:2]), rows.unflatten(0, x.shape[:2]))
 
     @property

@@ -22,14 +22,14 @@ SWIGLU_VARIANCE = 0.0111  # of what SwiGLU makes of unit inputs at its start: E[
 ONE_QUERY = TuckerScores(cores=2, tail_loss=0.001)
 QUERY_PER_RANK = TuckerScores(query_per_rank=True)
 
-_SMALL = {"topk": 12, "sub_keys": 4, "table": TableOptions(update="dense")}
+_SMALL = {"top_k": 12, "sub_keys": 4, "table": TableOptions(update="dense")}
 
 
 @register(
     default=_SMALL,
     plain=_SMALL
     | {
-        "topk": 6,
+        "top_k": 6,
         "expansion": 1,
         "scoring": TuckerScores(rank=1, side_k=3, query_per_head=True),
     },
@@ -53,7 +53,7 @@ class UltraMem(Layer):
     Args:
         d_model: width D.
         heads: h; default 2. Their sums are added.
-        topk: k; default 32.
+        top_k: k; default 32.
         sub_keys: n; the table has N = n^2 rows; default 128.
         key_dim: width of a query, both halves; default D/2 rounded to an even number.
         value_dim: width of a row; default D/2.
@@ -75,7 +75,7 @@ class UltraMem(Layer):
         d_model: int,
         *,
         heads: int = 2,
-        topk: int = 32,
+        top_k: int = 32,
         sub_keys: int = 128,
         key_dim: int | None = None,
         value_dim: int | None = None,
@@ -88,7 +88,7 @@ class UltraMem(Layer):
         self.keys = TuckerKeys(
             d_model,
             heads=heads,
-            topk=topk,
+            top_k=top_k,
             sub_keys=sub_keys,
             expansion=expansion,
             key_dim=default_key_dim(d_model) if key_dim is None else key_dim,
@@ -115,7 +115,7 @@ class UltraMem(Layer):
         """All but the rows of the table that a token does not read."""
         own = sum(p.numel() for p in self.parameters())
         table = sum(p.numel() for p in self.values.parameters())
-        return own - table + self.keys.heads * self.keys.topk * self.value_dim
+        return own - table + self.keys.heads * self.keys.top_k * self.value_dim
 
 
 @register(
@@ -142,7 +142,7 @@ class UltraMemV2(Layer):
     Args:
         d_model: width D.
         heads: h; default 1. Their sums are added.
-        topk: k; default 32.
+        top_k: k; default 32.
         sub_keys: n; the tables have N = n^2 rows; default 128.
         key_dim: width of a query, both halves; default D/2 rounded to an even number.
         pre_dim: width of a row of P; default D/8.
@@ -163,7 +163,7 @@ class UltraMemV2(Layer):
         d_model: int,
         *,
         heads: int = 1,
-        topk: int = 32,
+        top_k: int = 32,
         sub_keys: int = 128,
         key_dim: int | None = None,
         pre_dim: int | None = None,
@@ -175,18 +175,18 @@ class UltraMemV2(Layer):
         super().__init__()
         pre_dim = max(1, d_model // 8) if pre_dim is None else pre_dim
         value_dim = max(1, 3 * d_model // 8) if value_dim is None else value_dim
-        require_at_least(1, heads=heads, topk=topk, pre_dim=pre_dim, value_dim=value_dim)
+        require_at_least(1, heads=heads, top_k=top_k, pre_dim=pre_dim, value_dim=value_dim)
         self.keys = TuckerKeys(
             d_model,
             heads=heads,
-            topk=topk,
+            top_k=top_k,
             sub_keys=sub_keys,
             expansion=expansion,
             key_dim=default_key_dim(d_model) if key_dim is None else key_dim,
             scoring=scoring,
         )
         sizes = (d_model, pre_dim, value_dim)
-        std = matched_std(SWIGLU_VARIANCE, lookups=heads * topk, widths=sizes)
+        std = matched_std(SWIGLU_VARIANCE, lookups=heads * top_k, widths=sizes)
         pre, values = table.named("pre"), table.named("values")
         self.pre_values = make_table(sub_keys**2, pre_dim, std=std, options=pre)
         self.values = sliced_table(sub_keys**2, value_dim, scoring.cores, std=std, options=values)
@@ -210,7 +210,7 @@ class UltraMemV2(Layer):
         """All but the rows of both tables that a token does not read."""
         own = sum(p.numel() for p in self.parameters())
         tables = [*self.pre_values.parameters(), *self.values.parameters()]
-        used = self.keys.heads * self.keys.topk * self.read_width
+        used = self.keys.heads * self.keys.top_k * self.read_width
         return own - sum(p.numel() for p in tables) + used
 
 

@@ -82,7 +82,7 @@ class TuckerKeys(nn.Module):
     Args:
         d_model: width D of what queries are made of.
         heads: h; each has keys of its own, and all have the same cores.
-        topk: k.
+        top_k: k.
         sub_keys: n; the table has n^2 rows.
         expansion: E, a square.
         key_dim: width of a query, both halves, even.
@@ -102,23 +102,23 @@ class TuckerKeys(nn.Module):
         d_model: int,
         *,
         heads: int,
-        topk: int,
+        top_k: int,
         sub_keys: int,
         expansion: int,
         key_dim: int,
         scoring: TuckerScores,
     ) -> None:
         super().__init__()
-        require_at_least(1, heads=heads, topk=topk, sub_keys=sub_keys)
+        require_at_least(1, heads=heads, top_k=top_k, sub_keys=sub_keys)
         if key_dim < 2 or key_dim % 2:
             raise ValueError(f"key_dim must be even and 2 or more, for two halves; got {key_dim}")
-        self.heads, self.topk, self.scoring = heads, topk, scoring
+        self.heads, self.top_k, self.scoring = heads, top_k, scoring
         self.side = sub_keys * _root(expansion)
-        survivors = min(topk, self.side, scoring.side_k)
-        if topk > survivors**2:
+        survivors = min(top_k, self.side, scoring.side_k)
+        if top_k > survivors**2:
             raise ValueError(
-                f"topk ({topk}) must be at most {survivors**2}, the pairs of the {survivors} rows "
-                f"and columns that survive: the least of topk, {self.side} sub-keys of a side, and "
+                f"top_k ({top_k}) must be at most {survivors**2}, the pairs of the {survivors} rows "
+                f"and columns that survive: the least of top_k, {self.side} sub-keys of a side, and "
                 f"side_k ({scoring.side_k})"
             )
         self.slots = VirtualSlots(sub_keys**2, expansion)
@@ -131,7 +131,7 @@ class TuckerKeys(nn.Module):
         self.cores = nn.Parameter(_even_cores(scoring.cores, rank))
         self.register_buffer("leading", torch.stack(leading_vectors(self.cores.sum(0))))
         nn.init.normal_(self.query_proj.weight, std=half**-0.5)
-        size = selected_size(self.side, topk, scoring.side_k)
+        size = selected_size(self.side, top_k, scoring.side_k)
         for norm in (self.query_norm, self.key_norm):
             nn.init.constant_(norm.weight, (half * size) ** -0.25)
 
@@ -144,7 +144,7 @@ class TuckerKeys(nn.Module):
         rows, columns = _scores(self.query_norm(query), self.key_norm(self.keys))
         leading = self._leading()
         scores, slots = tucker_topk(
-            rows, columns, self.cores, self.topk, leading=leading, side_k=self.scoring.side_k
+            rows, columns, self.cores, self.top_k, leading=leading, side_k=self.scoring.side_k
         )
         losses = self._losses(rows, columns, leading, slots)
         table_rows, groups = self.slots(rearrange(slots, "h (b t) k -> b t h k", b=len(x)))
@@ -203,14 +203,14 @@ def _even_cores(cores: int, rank: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def selected_size(sub_keys: int, topk: int, side_k: int) -> float:
+def selected_size(sub_keys: int, top_k: int, side_k: int) -> float:
     """Root mean square of the selected products of two normal scores, by simulation."""
     generator = torch.Generator().manual_seed(0)
     shape = (2, 64, sub_keys, 1)
     rows, columns = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     one = torch.ones(1, dtype=torch.float32, device="cpu")
     scores, _ = tucker_topk(
-        rows, columns, one.view(1, 1, 1), topk, leading=Leading(one, one), side_k=side_k
+        rows, columns, one.view(1, 1, 1), top_k, leading=Leading(one, one), side_k=side_k
     )
     return scores.square().mean().sqrt().item()
 

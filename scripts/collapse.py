@@ -68,7 +68,7 @@ def trained(kind: str, norm: str, seed: int, steps: int = STEPS) -> Collapse:
     memory = ProductKeyMemory(
         WIDTH,
         heads=4,
-        topk=8,
+        top_k=8,
         sub_keys=32,
         value_dim=CLASSES,
         query_norm=norm,  # type: ignore[arg-type]

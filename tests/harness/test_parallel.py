@@ -18,7 +18,7 @@ SHARED_TABLE = (
     "ffn=pkm",
     "ffn.sub_keys=16",
     "ffn.heads=1",
-    "ffn.topk=2",
+    "ffn.top_k=2",
     "ffn.table.share=memory",
 )
 

@@ -12,13 +12,13 @@ DENSE = TableOptions(update="dense")
 
 def pkm(**options) -> ProductKeyMemory:
     torch.manual_seed(0)
-    given = {"heads": 2, "topk": 3, "sub_keys": 5, "table": DENSE} | options
+    given = {"heads": 2, "top_k": 3, "sub_keys": 5, "table": DENSE} | options
     return ProductKeyMemory(8, **given).double()
 
 
 def peer(**options) -> PEER:
     torch.manual_seed(0)
-    given = {"heads": 2, "topk": 3, "sub_keys": 5, "table": DENSE} | options
+    given = {"heads": 2, "top_k": 3, "sub_keys": 5, "table": DENSE} | options
     return PEER(8, **given).double()
 
 
@@ -29,7 +29,7 @@ def tokens(batch: int = 2, length: int = 6):
 
 
 def test_all_rows_kept_is_attention_over_all_rows():
-    memory, x = pkm(topk=25, gate="none", query_norm="none"), tokens()
+    memory, x = pkm(top_k=25, gate="none", query_norm="none"), tokens()
     q = memory.keys.query_proj(x).unflatten(-1, (2, 2, -1))
     halves = torch.einsum("bthsk,hsnk->bthsn", q, memory.keys.keys)
     scores = (halves[..., 0, :, None] + halves[..., 1, None, :]).flatten(-2)
@@ -122,7 +122,7 @@ def test_selection_under_autocast_is_that_of_fp32():
 
 
 def test_peer_with_one_expert_a_head_is_an_mlp_of_the_chosen_neurons():
-    layer, x = peer(topk=1), tokens(1, 1)
+    layer, x = peer(top_k=1), tokens(1, 1)
     rows = layer.keys(x).rows.flatten()
     mlp = MLP(8, expand=2 / 8).double()
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_heads_of_peer_search_the_same_sub_keys():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"topk": 26}, r"topk \(26\) must be at most the rows there are, sub_keys\^2 = 25"),
+        ({"top_k": 26}, r"top_k \(26\) must be at most the rows there are, sub_keys\^2 = 25"),
         ({"key_dim": 5}, "key_dim must be even"),
     ],
 )
@@ -162,7 +162,7 @@ def test_what_cannot_be_built_says_why(options, message):
 def test_outputs_start_at_the_scale_that_the_init_means(width):
     torch.manual_seed(0)
     x = torch.randn(4, 64, width)
-    y = PEER(width, heads=4, topk=8, sub_keys=32, table=DENSE)(x).y
+    y = PEER(width, heads=4, top_k=8, sub_keys=32, table=DENSE)(x).y
     gelu = F.gelu(torch.randn(100_000)).square().mean().sqrt()
     # softmax over eight scores: between all on one row and evenly over eight
     low, high = (gelu * (4 * share / 32) ** 0.5 for share in (1 / 8, 1))

@@ -284,8 +284,8 @@ def test_a_writer_that_fails_half_way_leaves_the_older_file(tmp_path):
 
 
 MEMORIES = {
-    "ProductKeyMemory": partial(ProductKeyMemory, heads=2, topk=3, sub_keys=5),
-    "PEER": partial(PEER, heads=2, topk=3, sub_keys=5),
+    "ProductKeyMemory": partial(ProductKeyMemory, heads=2, top_k=3, sub_keys=5),
+    "PEER": partial(PEER, heads=2, top_k=3, sub_keys=5),
 }
 
 
@@ -329,7 +329,7 @@ def test_a_model_on_the_meta_device_is_served_without_its_tables(tmp_path):
 
 def test_files_of_another_model_are_refused(tmp_path):
     def model(sub_keys: int) -> LanguageModel:
-        recipe = partial(ProductKeyMemory, heads=2, topk=3, sub_keys=sub_keys, table=SHARED)
+        recipe = partial(ProductKeyMemory, heads=2, top_k=3, sub_keys=sub_keys, table=SHARED)
         return LanguageModel(8, vocab_size=11, n_layers=1, pattern=[[recipe]])
 
     store_tables(model(4), tmp_path, bits=8)
@@ -360,7 +360,7 @@ def test_a_table_that_the_model_does_not_own_is_refused(tmp_path):
 def test_ultra_mem_reads_stored_tables(tmp_path):
     torch.manual_seed(0)
     dense = TableOptions(update="dense")
-    layer = UltraMem(8, topk=4, sub_keys=4, table=dense).eval()
+    layer = UltraMem(8, top_k=4, sub_keys=4, table=dense).eval()
     x = torch.randn(2, 5, 8)
     store_tables(layer, tmp_path, bits=8)
     with torch.no_grad():

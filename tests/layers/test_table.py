@@ -11,7 +11,7 @@ from layers.table import Table, make_table
 from models import LanguageModel, budget
 
 SHARED = TableOptions(share="facts", update="dense")
-small = partial(ProductKeyMemory, heads=2, topk=3, sub_keys=4)
+small = partial(ProductKeyMemory, heads=2, top_k=3, sub_keys=4)
 
 
 def model(*layers) -> LanguageModel:

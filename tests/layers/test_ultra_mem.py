@@ -20,17 +20,17 @@ def normal(*shape, seed=0):
 
 def small(cls, **options):
     torch.manual_seed(0)
-    options = {"heads": 2, "topk": 6, "sub_keys": 4, "table": DENSE} | options
+    options = {"heads": 2, "top_k": 6, "sub_keys": 4, "table": DENSE} | options
     return cls(16, **options).double()
 
 
-def make_keys(d_model=16, *, heads=2, topk=6, sub_keys=8, expansion=1, **scoring):
+def make_keys(d_model=16, *, heads=2, top_k=6, sub_keys=8, expansion=1, **scoring):
     torch.manual_seed(0)
     scores = TuckerScores(**scoring)
     return TuckerKeys(
         d_model,
         heads=heads,
-        topk=topk,
+        top_k=top_k,
         sub_keys=sub_keys,
         expansion=expansion,
         key_dim=12,
@@ -52,7 +52,7 @@ def all_scores(keys, x):
 @pytest.mark.parametrize("query_per_rank", [False, True])
 def test_the_best_pairs_of_the_definition_are_read(query_per_head, query_per_rank):
     keys = make_keys(
-        topk=8, rank=3, cores=2, query_per_head=query_per_head, query_per_rank=query_per_rank
+        top_k=8, rank=3, cores=2, query_per_head=query_per_head, query_per_rank=query_per_rank
     )
     x = normal(2, 5, 16)
     scores, rows, _, _ = keys(x)
@@ -92,7 +92,7 @@ def test_each_core_scores_its_own_slice(cls):
 
 def test_expansion_is_reading_virtual_tables():
     """Slot v reads row pi(v) mod N of V W_p, p = pi(v) div N; all sub-keys of a side survive."""
-    layer, x = small(UltraMem, topk=8, scoring=TuckerScores()), normal(2, 5, 16)
+    layer, x = small(UltraMem, top_k=8, scoring=TuckerScores()), normal(2, 5, 16)
     table, maps = layer.values.weight, layer.out_proj.weight.view(16, 4, 8)
     virtual = torch.einsum("nv,dpv->pnd", table, maps).flatten(0, 1)  # [E N, D]
     best = all_scores(layer.keys, x).squeeze(3).flatten(-2).topk(8)
@@ -167,7 +167,7 @@ def test_unevenness_is_one_for_even_use_and_more_for_any_other():
 
 
 def test_balance_loss_counts_rows_and_columns_that_were_read():
-    keys = make_keys(heads=1, topk=3, balance_loss=0.5)
+    keys = make_keys(heads=1, top_k=3, balance_loss=0.5)
     x = normal(2, 5, 16)
     queries = keys.query_norm(keys.query_proj(x).unflatten(-1, (1, 2, 1, 6)))
     sides = torch.einsum("btgsak,hsrnk->sbtnr", queries, keys.key_norm(keys.keys))
@@ -180,7 +180,7 @@ def test_balance_loss_counts_rows_and_columns_that_were_read():
 
 
 @pytest.mark.parametrize("d_model", [64, 128, 256])
-@pytest.mark.parametrize("options", [{}, {"heads": 2, "topk": 16}, {"expansion": 4}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"heads": 2, "top_k": 16}, {"expansion": 4}], ids=str)
 def test_v2_starts_with_the_variance_of_a_feed_forward(d_model, options):
     torch.manual_seed(0)
     x = torch.randn(2, 200, d_model)
@@ -214,7 +214,7 @@ def test_matched_std_is_the_papers_fourth_power_formula():
 
 def test_norms_start_as_in_the_paper_at_its_sizes():
     keys = TuckerKeys(
-        8, heads=1, topk=32, sub_keys=360, expansion=1, key_dim=384, scoring=QUERY_PER_RANK
+        8, heads=1, top_k=32, sub_keys=360, expansion=1, key_dim=384, scoring=QUERY_PER_RANK
     )
     assert keys.key_norm.weight[0].item() == pytest.approx(192**-0.33, rel=0.05)
 
@@ -249,7 +249,7 @@ def test_layers_can_share_their_tables(cls):
         ({"expansion": 3}, "expansion must be a square such as 1, 4 or 9, got 3"),
         ({"expansion": 0}, "expansion must be a square"),
         ({"key_dim": 7}, "key_dim must be even and 2 or more, for two halves; got 7"),
-        ({"topk": 65}, r"topk \(65\) must be at most (64|16)"),
+        ({"top_k": 65}, r"top_k \(65\) must be at most (64|16)"),
         (
             {"value_dim": 9, "scoring": TuckerScores(cores=2)},
             r"cores \(2\) must divide value_dim \(9\) into slices",

@@ -68,7 +68,7 @@ def test_totals_of_two_parts_are_those_of_the_whole():
 @pytest.mark.parametrize("kind", [ProductKeyMemory, PEER])
 def test_metering_changes_no_output_and_is_off_otherwise(kind):
     torch.manual_seed(0)
-    layer = kind(8, heads=2, topk=3, sub_keys=4, table=TableOptions(update="dense"))
+    layer = kind(8, heads=2, top_k=3, sub_keys=4, table=TableOptions(update="dense"))
     x = torch.randn(2, 5, 8)
     plain = layer(x).y
     with metering() as meter:

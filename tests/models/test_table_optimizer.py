@@ -306,7 +306,7 @@ PKM = (
     "ffn=pkm",
     "ffn.heads=2",
     "ffn.sub_keys=8",
-    "ffn.topk=4",
+    "ffn.top_k=4",
     "checkpoint_every=1",
 )
 

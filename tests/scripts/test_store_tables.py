@@ -18,7 +18,7 @@ from tests.scripts.test_report import table
 MEMORY = (
     "ffn=memory_plus",
     "ffn.sub_keys=8",
-    "ffn.topk=4",
+    "ffn.top_k=4",
     "ffn.table.update=dense",
     "trainer.max_steps=2",
     "trainer.val_check_interval=2",
