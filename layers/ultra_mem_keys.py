@@ -117,9 +117,9 @@ class TuckerKeys(nn.Module):
         survivors = min(top_k, self.side, scoring.side_k)
         if top_k > survivors**2:
             raise ValueError(
-                f"top_k ({top_k}) must be at most {survivors**2}, the pairs of the {survivors} rows "
-                f"and columns that survive: the least of top_k, {self.side} sub-keys of a side, and "
-                f"side_k ({scoring.side_k})"
+                f"top_k ({top_k}) must be at most {survivors**2}, the pairs of the {survivors} "
+                f"rows and columns that survive: the least of top_k, {self.side} sub-keys of a "
+                f"side, and side_k ({scoring.side_k})"
             )
         self.slots = VirtualSlots(sub_keys**2, expansion)
         rank, half = scoring.rank, key_dim // 2

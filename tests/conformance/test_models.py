@@ -1,5 +1,7 @@
 """What a whole model promises, for every mixer and every pattern that is shipped."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -8,6 +10,7 @@ from harness.build import build
 from harness.compose import CONFIG_DIR, compose_checked
 from layers import detach_state, state_tensors
 from models import budget
+from models.parameter_groups import make_optimizer
 from tests.helpers import assert_close, assert_states_close, run_in_pieces
 
 MIXERS = sorted(path.stem for path in (CONFIG_DIR / "mixer").glob("*.yaml"))
@@ -76,7 +79,7 @@ def test_budget_counts_what_is_there(mixer, pattern):
 @every_model
 def test_training_overfits_one_batch(mixer, pattern):
     model, x = small_model(mixer, pattern, dtype=torch.float32), tokens()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = make_optimizer(model, partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0))
     losses = []
     for _ in range(40):
         logits = model(x[:, :-1]).y
