@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.parameter_groups import policies_of
+from models.row_gradients import coalesced
 
 MAIN = None
 """The clip group of parameters whose policy names none."""
@@ -48,5 +49,5 @@ def _values(parameter: nn.Parameter) -> Tensor:
     assert parameter.grad is not None
     if not parameter.grad.is_sparse:
         return parameter.grad
-    parameter.grad = parameter.grad.coalesce()
+    parameter.grad = coalesced(parameter.grad)
     return parameter.grad.values()

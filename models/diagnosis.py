@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from models.row_gradients import coalesced
+
 
 class NonFiniteError(RuntimeError):
     """A loss or a gradient is no longer a number; training on would destroy the weights."""
@@ -43,5 +45,5 @@ def nonfinite_gradients(model: nn.Module) -> list[str]:
 
 
 def _is_finite(gradient: Tensor) -> bool:
-    entries = gradient.coalesce().values() if gradient.is_sparse else gradient
+    entries = coalesced(gradient).values() if gradient.is_sparse else gradient
     return bool(entries.isfinite().all())

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from models.parameter_groups import row_updated
-from models.table_optimizer import row_gradient, sparse_rows
+from models.row_gradients import row_gradient, sparse_rows
 
 _NO_GRADIENT = -1  # in place of a number of rows
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.row_gradients import row_gradient
+
 # Entries of a table that are worked on together. On a CPU they and their state stay in the cache of
 # a core (256 KiB a stream): twice as fast as all rows at once. On a GPU few launches count more.
 _BLOCK_CPU, _BLOCK_GPU = 2**16, 2**24
@@ -72,26 +74,6 @@ class WithTables(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(number, {}).items():
                 on_device = value.to(table.device) if isinstance(value, Tensor) else value
                 self.state[table][name] = on_device
-
-
-def row_gradient(gradient: Tensor) -> Tensor:
-    """The gradient of a table as a coalesced sparse tensor of the rows that were touched.
-
-    A dense gradient does not say which rows were read: its rows that are all zero count as
-    untouched. The update is then that of the sparse gradient, but for rows that were read and
-    have a gradient of exactly zero.
-    """
-    if gradient.is_sparse:
-        return gradient.coalesce()
-    rows = gradient.ne(0).any(1).nonzero()[:, 0]
-    return sparse_rows(rows, gradient[rows], gradient.shape, is_coalesced=True)
-
-
-def sparse_rows(rows: Tensor, values: Tensor, shape: torch.Size, *, is_coalesced: bool) -> Tensor:
-    """The sparse tensor `[N, D]` of some rows `[U]` with values `[U, D]`."""
-    return torch.sparse_coo_tensor(
-        rows[None], values, shape, is_coalesced=is_coalesced, check_invariants=False
-    )
 
 
 def lazy_adamw_(table: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:

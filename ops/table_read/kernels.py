@@ -1,22 +1,27 @@
 """Reads of a table and the gradient of its rows, without copies of all the rows looked up.
 
-Everything here is a library call per block, without autograd; `read.py` puts the gradients on.
+Everything here is library calls without autograd; `read.py` puts the gradients on.
 
 Shapes: N rows of the table, D width, T tokens, m lookups of each, U rows that are looked up.
 """
+
+import warnings
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-_BLOCK_NUMBERS = 2**17  # of looked-up rows, which stay in cache until they are used
-_CACHED_NUMBERS = 2**22  # of a table that mostly stays in cache
-_WIDE = 1024  # numbers of a row from which on the processor sees the pattern by itself
+_BLOCK_NUMBERS = 2**17  # of rows that are lifted to the precision of the arithmetic together
 _LONGEST = 256  # lookups added up one after the other; longer runs are summed in two stages
 
-# y_i = block[places_i] . x[bag_i], the gradient of a weighted bag with respect to its weights
+# y_i = table[rows_i] . x[token_i], the gradient of a weighted bag with respect to its weights
 _bag_products = torch.ops.aten._embedding_bag_per_sample_weights_backward
+
+with warnings.catch_warnings():  # the first sparse matrix of a process says that they are in beta
+    warnings.simplefilter("ignore")
+    torch.eye(1).to_sparse_csr()
 
 
 def weighted_sums(
@@ -25,18 +30,9 @@ def weighted_sums(
     """`y_t = sum_j weights[t, j] * table[rows[t, j]]` in the dtype of the weights."""
     if rows.numel() == 0:
         return weights.new_zeros(rows.shape[0], table.shape[1])
-    if table.dtype == weights.dtype:
-        return F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
-    y = weights.new_empty(rows.shape[0], table.shape[1])
-    step = max(1, _BLOCK_NUMBERS // (rows.shape[1] * table.shape[1]))  # tokens
-    places = torch.arange(step * rows.shape[1], device=rows.device)
-    for out, row, weight in zip(y.split(step), rows.split(step), weights.split(step), strict=True):
-        place = places[: row.numel()]
-        block = _gathered(table, row.reshape(-1), place).to(weights.dtype)
-        out.copy_(
-            F.embedding_bag(place.view(row.shape), block, mode="sum", per_sample_weights=weight)
-        )
-    return y
+    if table.dtype != weights.dtype:
+        return _lifted(weighted_sums, table, rows, weights)
+    return F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
 
 
 def products(
@@ -44,22 +40,26 @@ def products(
 ) -> Float[Tensor, "T m"]:
     """`y_{t,j} = table[rows[t, j]] . x_t` in the dtype of x.
 
-    The library computes such products in the backward pass of a bag, but waits there for each row
-    in turn. Rows that were gathered before, a block at a time, are read from the cache.
+    They are entries of the matrix `x table^T`, and on a CPU the library computes chosen entries of
+    such a product best; that they come in any order and repeatedly is all the same to it.
     """
+    if rows.numel() == 0:
+        return x.new_zeros(rows.shape)
+    if table.dtype != x.dtype:
+        return _lifted(products, table, rows, x)
     tokens, lookups = rows.shape
-    flat, token = rows.reshape(-1), torch.arange(tokens, device=rows.device)
-    token = token.repeat_interleave(lookups)
-    if table.dtype == x.dtype and not _far(table):
-        return _bag_products(x, table, flat, token, token, 0).view(rows.shape)
-    y = x.new_empty(flat.shape)
-    step = max(1, _BLOCK_NUMBERS // table.shape[1])  # lookups
-    places = torch.arange(step, device=rows.device)
-    parts = (part.split(step) for part in (y, flat, token))
-    for out, row, bag in zip(*parts, strict=True):
-        block = _gathered(table, row, places[: row.numel()]).to(x.dtype)
-        out.copy_(_bag_products(x, block, places[: row.numel()], places, bag, 0))
-    return y.view(rows.shape)
+    if rows.device.type != "cpu" or lookups > table.shape[0]:  # than entries in a row of x table^T
+        token = torch.arange(tokens, device=rows.device).repeat_interleave(lookups)
+        return _bag_products(x, table, rows.flatten(), token, token, 0).view(rows.shape)
+    chosen = torch.sparse_csr_tensor(
+        torch.arange(tokens + 1, device=rows.device) * lookups,
+        rows.flatten(),
+        x.new_zeros(rows.numel()),
+        (tokens, table.shape[0]),
+        check_invariants=False,
+    )
+    entries = torch.sparse.sampled_addmm(chosen, x, table.T, beta=0.0).values()
+    return entries.clone().view(rows.shape)  # of its own: torch.compile takes no view of a matrix
 
 
 def touched_row_sums(
@@ -107,12 +107,15 @@ def _run_sums(order: Tensor, starts: Tensor, weights: Tensor, x: Tensor) -> Tens
     return F.embedding_bag(place, sums, first, mode="sum")
 
 
-def _far(table: Tensor) -> bool:
-    """Whether a row is read sooner if it is asked for ahead of time."""
-    width = table.shape[1]
-    return table.device.type == "cpu" and table.numel() > _CACHED_NUMBERS and width < _WIDE
-
-
-def _gathered(table: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-    """The rows, as bags of one: unlike an index, a bag asks for rows ahead of time."""
-    return F.embedding_bag(rows, table, places, mode="sum")
+def _lifted(
+    read: Callable[[Tensor, Tensor, Tensor], Tensor], table: Tensor, rows: Tensor, other: Tensor
+) -> Tensor:
+    """A read in the dtype of `other`: the rows of some tokens at a time are gathered and lifted."""
+    step = max(1, _BLOCK_NUMBERS // (rows.shape[1] * table.shape[1]))
+    places = torch.arange(step * rows.shape[1], device=rows.device)
+    parts = []
+    for row, part in zip(rows.split(step), other.split(step), strict=True):
+        place = places[: row.numel()]
+        block = F.embedding_bag(row.flatten(), table, place, mode="sum")  # bags of one
+        parts.append(read(block.to(other.dtype), place.view(row.shape), part))
+    return torch.cat(parts)

@@ -16,7 +16,8 @@ from harness.jobs import resume_run, start_run
 from harness.loggers import read_metrics
 from layers import Policy
 from models.parameter_groups import make_optimizer, parameter_groups, row_updated
-from models.table_optimizer import WithTables, row_gradient
+from models.row_gradients import coalesced, row_gradient
+from models.table_optimizer import WithTables
 from tests.harness.conftest import TINY
 from tests.helpers import assert_close
 
@@ -333,3 +334,14 @@ def test_a_run_with_tables_resumes_as_if_it_had_never_stopped(tmp_path, monkeypa
 def stop_at_the_third(callback, trainer):
     if trainer.global_step == 3:
         raise Interrupted(15, 3, callback.checkpoints.run)
+
+
+def test_a_gradient_that_lost_its_mark_is_not_sorted_again():
+    values = torch.arange(6.0).view(3, 2)
+    for rows, copied in (([1, 4, 7], False), ([4, 1, 7], True), ([1, 1, 7], True)):
+        index = torch.tensor([rows])
+        gradient = torch.sparse_coo_tensor(index, values, (9, 2), check_invariants=False)
+        found = coalesced(gradient)
+        assert found.is_coalesced()
+        assert (found.values().data_ptr() != values.data_ptr()) == copied
+        torch.testing.assert_close(found.to_dense(), gradient.to_dense())

@@ -157,41 +157,41 @@ def test_result_has_the_dtype_of_what_meets_the_table(read, dtype):
 
 
 @every_read
-def test_blocks_give_the_same_whatever_their_size(read, monkeypatch):
-    rows, table = indices(200, 37, 5), normal(200, 12)
+def test_blocks_of_lifted_rows_give_the_same_whatever_their_size(read, monkeypatch):
+    rows, table = indices(200, 37, 5), normal(200, 12).bfloat16()
     other = factor(read, rows, 12)
-    whole = READS[read](table, rows, other)
-    halves = READS[read](table.bfloat16(), rows, other)
-    monkeypatch.setattr(kernels, "_CACHED_NUMBERS", 0)
-    for numbers in (1, 64, 12 * 5 * 37):
+    expected = READS[read](table.float(), rows, other)
+    for numbers in (1, 64 * 5, 12 * 5 * 36, 12 * 5 * 37):
         monkeypatch.setattr(kernels, "_BLOCK_NUMBERS", numbers)
-        torch.testing.assert_close(READS[read](table, rows, other), whole, rtol=1e-6, atol=1e-6)
-        blocks = READS[read](table.bfloat16(), rows, other)
-        torch.testing.assert_close(blocks, halves, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(READS[read](table, rows, other), expected, rtol=1e-6, atol=1e-6)
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation makes."""
+    """Remembers the largest dense tensor that any operation makes."""
 
     numbers = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
-        made = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        made = [
+            x.numel()
+            for x in tree_leaves(out)
+            if isinstance(x, torch.Tensor) and x.layout == torch.strided
+        ]
         self.numbers = max(self.numbers, *made, 0)
         return out
 
 
 @every_read
-def test_no_copy_of_all_looked_up_rows_is_made(read, monkeypatch):
-    monkeypatch.setattr(kernels, "_CACHED_NUMBERS", 0)
-    monkeypatch.setattr(kernels, "_BLOCK_NUMBERS", 256)
-    rows, table = indices(16, 50, 20), normal(16, 32).requires_grad_()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_copy_of_all_looked_up_rows_is_made(read, dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "_BLOCK_NUMBERS", 20 * 32)
+    rows, table = indices(16, 50, 20), normal(16, 32).to(dtype).requires_grad_()
     other = factor(read, rows, 32).requires_grad_()
     with Largest() as seen:
         y = READS[read](table, rows, other, sparse_grad=True)
         y.sum().backward()
-    assert 0 < seen.numbers <= max(rows.shape[0] * 32, rows.numel(), 256) < rows.numel() * 32
+    assert 0 < seen.numbers <= 50 * 32  # that of the tokens; the rows would be 20 times as many
 
 
 @every_read
