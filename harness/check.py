@@ -1,9 +1,10 @@
 """Checks a composed config against the constructors it will call, before anything is built."""
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from dataclasses import is_dataclass
+from typing import Any, get_args
 
-from harness.signatures import Signature, accepts, readable, signature_of
+from harness.signatures import Signature, accepts, public_name, readable, signature_of
 from harness.targets import TargetError, resolve_target, suggest
 
 TARGET = "_target_"
@@ -86,7 +87,17 @@ def _check_option(
 def check_value(value: Any, hint: Any, where: str) -> Iterator[str]:
     """Yields a problem if a plain value does not fit an annotation."""
     if not accepts(hint, value):
-        yield f"{where}: expected {readable(hint)}, got {value!r} ({type(value).__name__})"
+        advice = _target_advice(value, hint, where)
+        yield f"{where}: expected {readable(hint)}, got {value!r} ({type(value).__name__}){advice}"
+
+
+def _target_advice(value: Any, hint: Any, where: str) -> str:
+    """`; give it a _target_, ...` for options of a dataclass that the node does not name."""
+    choices = (hint, *get_args(hint))
+    kinds = [kind for kind in choices if isinstance(kind, type) and is_dataclass(kind)]
+    if not isinstance(value, Mapping) or not kinds:
+        return ""
+    return f"; give it a {TARGET}, such as {where}.{TARGET}={public_name(kinds[0])}"
 
 
 def check_nested(value: Any, where: str, raw: Any, kind: Any = object) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """What a class accepts from a config, read from its constructor."""
 
+import importlib
 import inspect
 import types
 import typing
@@ -94,6 +95,13 @@ def accepts(hint: Any, value: Any) -> bool:
     ):
         return all(accepts(arguments[0], element) for element in value)
     return False
+
+
+def public_name(cls: type) -> str:
+    """The dotted name of a class, from its package where that exports it."""
+    package = cls.__module__.partition(".")[0]
+    exported = getattr(importlib.import_module(package), cls.__name__, None) is cls
+    return f"{package if exported else cls.__module__}.{cls.__name__}"
 
 
 def readable(hint: Any) -> str:

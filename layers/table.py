@@ -3,16 +3,18 @@
 N rows, D width, m rows of a token.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from layers.protocol import Policy, require_at_least
+from layers.protocol import Policy, require_at_least, require_choice
 from ops.table_read import dot_rows, sum_rows
+
+Update = Literal["lazy", "rowwise", "dense"]
 
 CLIP_GROUP = "tables"  # gradients of tables are clipped together, apart from all others
 
@@ -24,21 +26,28 @@ class TableOptions:
     Attributes:
         update: what a step does. "lazy" is Adam for the rows that the step has read, "rowwise" is
             Adagrad for them with one accumulator a row; both leave other rows and their state
-            alone, and gradients are sparse. "dense" gives the table to the model's optimiser like
-            any parameter, with a dense gradient.
+            alone, and gradients are sparse. A plain optimiser of torch, such as AdamW, refuses
+            sparse gradients: make it with `models.make_optimizer`, or take "dense", which gives the
+            table to the model's optimiser like any parameter, with a dense gradient.
         lr_multiplier: times the model's learning rate, before its schedule.
         weight_decay: of the rows that a step writes.
         share: a name under which the model owns the table, so that every layer that gives this name
-            reads the same rows; None for a table of the layer's own.
+            reads the same rows; None for a table of the layer's own. It is a Python identifier, and
+            no attribute of `nn.Module`, as it is part of the parameter's name.
+
+    Raises:
+        ValueError: an option is out of range, or the name is none.
     """
 
-    update: Literal["lazy", "rowwise", "dense"] = "lazy"
+    update: Update = "lazy"
     lr_multiplier: float = 1.0
     weight_decay: float = 0.0
     share: str | None = None
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
+        require_choice(Update, update=self.update)
+        _require_name(self.share)
         if self.lr_multiplier <= 0 or self.weight_decay < 0:
             raise ValueError(
                 f"lr_multiplier ({self.lr_multiplier}) must be above 0 and weight_decay "
@@ -48,6 +57,22 @@ class TableOptions:
     def named(self, part: str) -> "TableOptions":
         """The same for one of several tables of a layer: a shared name tells them apart."""
         return self if self.share is None else replace(self, share=f"{self.share}_{part}")
+
+
+def _require_name(share: str | None) -> None:
+    """Raises ValueError for a name that cannot be a submodule's."""
+    if share is None:
+        return
+    if not share.isidentifier():
+        raise ValueError(
+            f"share must be a name of letters, digits and _ that begins with no digit, such as "
+            f"'memory'; got {share!r}"
+        )
+    if hasattr(NamedTables({}), share):
+        raise ValueError(
+            f"share must be another name than {share!r}, which is an attribute of modules; "
+            f"take '{share}_table', say"
+        )
 
 
 OWN = TableOptions()
@@ -185,16 +210,46 @@ def bind_shared_tables(module: nn.Module) -> dict[str, Table]:
         ValueError: layers that share a table ask for different ones.
     """
     tables: dict[str, Table] = {}
-    asked: dict[str, object] = {}
+    first: dict[str, SharedTable] = {}
     for place in module.modules():
         if isinstance(place, SharedTable):
             name = str(place.asked[-1].share)
             if name not in tables:
-                tables[name], asked[name] = place.make(), place.asked
-            if place.asked != asked[name]:
+                tables[name], first[name] = place.make(), place
+            if place.asked != first[name].asked:
                 raise ValueError(
                     f"layers that share the table {name!r} ask for different ones: "
-                    f"{asked[name]} and {place.asked} (rows, width, std, options)"
+                    f"{_differences(first[name], place)}"
                 )
             place.bind(tables[name])
     return tables
+
+
+def _differences(one: SharedTable, other: SharedTable) -> str:
+    """What two places ask of a table that is not the same, for messages."""
+    a, b = (
+        {"rows": rows, "width": dim, "std": std, **asdict(options)}
+        for rows, dim, std, options in (one.asked, other.asked)
+    )
+    return ", ".join(f"{key} {a[key]!r} and {b[key]!r}" for key in a if a[key] != b[key])
+
+
+class NamedTables(nn.Module):
+    """Tables by name: a `nn.ModuleDict` that takes the names of its methods too, such as "values".
+
+    Args:
+        tables: what `bind_shared_tables` made.
+    """
+
+    def __init__(self, tables: Mapping[str, Table]) -> None:
+        super().__init__()
+        for name, table in tables.items():
+            self.add_module(name, table)
+
+    def __getitem__(self, name: str) -> nn.Module:
+        """The table of a name, or what has been put in its place."""
+        return self.get_submodule(name)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return iter(self._modules)

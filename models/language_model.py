@@ -20,6 +20,7 @@ from layers import (
     bind_shared_tables,
     join_aux,
 )
+from layers.table import NamedTables
 
 EMBEDDING_STD = 0.02  # GPT-2's; with a tied head it keeps the first logits near zero
 
@@ -74,7 +75,7 @@ class LanguageModel(nn.Module):
         self.blocks = LayerList(
             _block(d_model, blocks[i % len(blocks)], dropout) for i in range(n_layers)
         )
-        self.tables = nn.ModuleDict(bind_shared_tables(self.blocks))
+        self.tables = NamedTables(bind_shared_tables(self.blocks))
         self.norm = nn.RMSNorm(d_model)
         self.head = None if tie_embeddings else nn.Linear(d_model, vocab_size, bias=False)
         self._init_weights()

@@ -18,6 +18,9 @@ def make_optimizer(
 
     A scheduler multiplies these rates. Where tables are updated row by row, the optimiser is
     wrapped in `WithTables`.
+
+    Raises:
+        ValueError: the optimiser has an option that row updates do not follow.
     """
     optimizer = factory(parameter_groups(model))
     for group in optimizer.param_groups:

@@ -28,25 +28,42 @@ class WithTables(torch.optim.Optimizer):
     then the tables', and its state is that of `dense`: schedulers, checkpoints and closures see a
     single optimiser. Of the options of `dense`, tables use `lr`, `weight_decay`, `betas` and `eps`.
 
-    Gradients of tables may be sparse (coalesced or not) or dense: see `row_gradient`.
+    Gradients of tables may be sparse (coalesced or not) or dense: see `row_gradient`. Groups added
+    later are told apart by `update` as well.
 
     Args:
         dense: made over all parameters; it must not have stepped yet.
+
+    Raises:
+        ValueError: row updates are to maximise or to keep the largest second moments.
     """
 
     def __init__(self, dense: torch.optim.Optimizer) -> None:
-        tables = [group for group in dense.param_groups if "update" in group]
-        dense.param_groups = [group for group in dense.param_groups if "update" not in group]
+        groups = dense.param_groups
+        tables = [group for group in groups if "update" in group]
         for table in chain.from_iterable(group["params"] for group in tables):
             dense.state.pop(table, None)  # some optimisers make their state at once
-        super().__init__([*dense.param_groups, *tables], dense.defaults)
+        dense.param_groups = []  # until they are added again
         self.dense = dense
+        super().__init__([*(g for g in groups if "update" not in g), *tables], dense.defaults)
         self.state = dense.state
 
     @property
     def table_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of tables."""
-        return self.param_groups[len(self.dense.param_groups) :]
+        return [group for group in self.param_groups if "update" in group]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters, which are tables if the group has an option `update`.
+
+        Raises:
+            ValueError: row updates have no such option, or a parameter is in a group already.
+        """
+        if "update" in param_group:
+            _check_table_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        if "update" not in param_group:
+            self.dense.add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -65,15 +82,23 @@ class WithTables(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the state, of tables in the precision in which it was saved."""
         super().load_state_dict(state_dict)
-        dense_groups = self.param_groups[: len(self.dense.param_groups)]
-        self.dense.__setstate__({"state": self.state, "param_groups": dense_groups})
-        saved_groups = state_dict["param_groups"][len(dense_groups) :]
+        saved_groups = (group for group in state_dict["param_groups"] if "update" in group)
         numbers = chain.from_iterable(group["params"] for group in saved_groups)
         tables = chain.from_iterable(group["params"] for group in self.table_groups)
         for table, number in zip(tables, numbers, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
                 on_device = value.to(table.device) if isinstance(value, Tensor) else value
                 self.state[table][name] = on_device
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles keep: the dense optimiser as well."""
+        return {**super().__getstate__(), "dense": self.dense}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes over groups and state, which are the dense optimiser's too."""
+        super().__setstate__(state)
+        groups = [group for group in self.param_groups if "update" not in group]
+        self.dense.__setstate__({"state": self.state, "param_groups": groups})
 
 
 def lazy_adamw_(table: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
@@ -123,6 +148,19 @@ def rowwise_adagrad_(table: nn.Parameter, state: dict[str, Any], group: dict[str
 
 
 UPDATES = {"lazy": lazy_adamw_, "rowwise": rowwise_adagrad_}
+
+
+def _check_table_group(group: dict[str, Any]) -> None:
+    """Raises ValueError for options of a table's group that row updates would not follow."""
+    update = group["update"]
+    if update not in UPDATES:
+        raise ValueError(f"update must be one of {', '.join(map(repr, UPDATES))}; got {update!r}")
+    for option in ("maximize", "amsgrad"):
+        if group.get(option):
+            raise ValueError(
+                f"{option}=True is not for tables that are updated row by row ({update!r}): leave "
+                "it out of the optimiser, or give the tables the update 'dense'"
+            )
 
 
 def _blocks(table: nn.Parameter) -> Iterator[tuple[Tensor, Tensor]]:

@@ -52,7 +52,7 @@ class ZipfFacts(Task):
         subject_tokens: k.
         counted_batches: exposures are counted over so many training batches. A run has
             `trainer.max_steps` of them, times `trainer.accumulate_grad_batches` and the number of
-            processes.
+            processes; another number is refused when training starts.
         second_phase_after: so many training batches tell the facts of the first phase, those after
             them the facts of the second; by default there is no second.
         batch_size: facts in a batch.
@@ -109,6 +109,25 @@ class ZipfFacts(Task):
         self.offset = offset
         self.counted_batches = counted_batches
         self.second_phase_after = second_phase_after
+
+    def setup(self, stage: str) -> None:
+        """Called by a trainer before it starts.
+
+        Raises:
+            ValueError: exposures are counted over other batches than it will draw.
+        """
+        super().setup(stage)
+        trainer = self.trainer
+        if stage != "fit" or trainer is None or trainer.max_steps < 0:
+            return
+        drawn = trainer.max_steps * trainer.accumulate_grad_batches * trainer.world_size
+        if drawn != self.counted_batches:
+            raise ValueError(
+                f"exposures are counted over {self.counted_batches} training batches, but the run "
+                f"draws {drawn}: {trainer.max_steps} (max_steps) * "
+                f"{trainer.accumulate_grad_batches} (accumulate_grad_batches) * "
+                f"{trainer.world_size} (processes); set task.counted_batches={drawn}"
+            )
 
     @property
     def phases(self) -> int:

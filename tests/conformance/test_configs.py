@@ -21,7 +21,13 @@ SMALL_NEEDLE = ("task.seq_len=32", "task.batch_size=2", "task.test_examples=2")
 SMALL_FACTS = ("task.subjects=20", "task.objects=8", "task.batch_size=8")
 SMALL_TASK = {
     "facts": SMALL_FACTS,
-    "facts_two_phases": (*SMALL_FACTS, "task.counted_batches=2", "task.second_phase_after=1"),
+    "facts_two_phases": (
+        *SMALL_FACTS,
+        "trainer.accumulate_grad_batches=2",
+        "trainer.val_check_interval=2",
+        "task.counted_batches=2",
+        "task.second_phase_after=1",
+    ),
     "mqar": SMALL_MQAR,
     "mqar_paper": SMALL_MQAR,
     "mqar_hard": SMALL_MQAR,

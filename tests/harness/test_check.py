@@ -1,10 +1,22 @@
 """A config error says what, where and what instead, and all of it at once."""
 
+from dataclasses import replace
+
 import pytest
 from omegaconf import OmegaConf
 
+from harness.build import build
 from harness.check import ConfigError
-from harness.compose import CONFIG_DIR, check_sweep, checked, compose_checked, parse_overrides
+from harness.compose import (
+    CONFIG_DIR,
+    check_sweep,
+    checked,
+    compose_checked,
+    compose_group,
+    parse_overrides,
+)
+from layers.table import SharedTable, Table
+from layers.ultra_mem import ONE_QUERY, QUERY_PER_RANK
 
 
 def problems_of(*overrides: str) -> list[str]:
@@ -99,6 +111,52 @@ def test_every_element_of_a_list_is_checked(place):
 def test_an_inner_node_of_another_kind_is_named():
     (found,) = problems_of("task=text", "task.tokenizer={_target_: layers.MLP}")
     assert found == "task.tokenizer._target_: expected a Tokenizer, got layers.MLP"
+
+
+def test_options_without_a_target_are_told_which_to_give():
+    bare = ["ffn=pkm", "~ffn.table._target_", "~ffn.table.update", "~ffn.table.lr_multiplier"]
+    (found,) = problems_of(*bare, "ffn.table.update=rowwise")
+    assert found == (
+        "ffn.table: expected TableOptions, got {'update': 'rowwise'} (dict); "
+        "give it a _target_, such as ffn.table._target_=layers.TableOptions"
+    )
+    compose_checked([*bare, "ffn.table.update=rowwise", "ffn.table._target_=layers.TableOptions"])
+    (found,) = problems_of("ffn=pkm", "ffn.heads={a: 1}")
+    assert found.endswith("(dict)")
+
+
+@pytest.mark.parametrize(
+    ("ffn", "where"),
+    [
+        ("pkm", ""),
+        ("peer", ""),
+        ("dkvb", ""),
+        ("ultramem", ""),
+        ("memory_plus", ""),
+        ("pkm_parallel", "layers.1."),
+        ("ultramem_v2", "layers.1."),
+    ],
+)
+def test_the_options_of_a_table_can_be_given(ffn, where):
+    built = build(compose_group("ffn", [f"ffn={ffn}", f"ffn.{where}table.update=rowwise"]))(16)
+    updates = {m.options.update for m in built.modules() if isinstance(m, Table)}
+    shared = {m.asked[-1].update for m in built.modules() if isinstance(m, SharedTable)}
+    assert updates | shared == {"rowwise"}
+
+
+@pytest.mark.parametrize(
+    ("ffn", "where", "default"),
+    [("ultramem", "", ONE_QUERY), ("ultramem_v2", "layers.1.", QUERY_PER_RANK)],
+)
+def test_scoring_is_the_layers_own_but_for_what_is_given(ffn, where, default):
+    for given, expected in (
+        ([], default),
+        ([f"ffn.{where}scoring.rank=3"], replace(default, rank=3)),
+    ):
+        node = compose_group("ffn", [f"ffn={ffn}", *given])
+        scoring = (node["layers"][1] if where else node)["scoring"]
+        assert build(scoring) == expected
+        build(node)(16)
 
 
 @pytest.mark.parametrize("override", ["mixer=glob(*)", "optimizer.lr=interval(0,1)"])

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from functools import partial
 from typing import ClassVar
 
@@ -258,6 +259,86 @@ def test_a_bf16_table_is_updated_in_fp32():
     for name in ("exp_avg", "exp_avg_sq"):
         assert torch.equal(states[0][name], states[1][name])
     assert_close(narrow.table.weight.float(), wide.table.weight, "table", 5e-3)
+
+
+@pytest.mark.parametrize("option", ["maximize", "amsgrad"])
+def test_options_that_row_updates_do_not_follow_are_refused(option):
+    factory = partial(ADAMW, **{option: True})
+    with pytest.raises(ValueError, match=f"{option}=True is not for tables .* update 'dense'"):
+        make_optimizer(Net(), factory)
+    assert make_optimizer(Net(Policy(), sparse=False), factory).param_groups[0][option]
+
+
+def test_an_update_that_does_not_exist_is_refused():
+    optimizer = make_optimizer(Net(), ADAMW)
+    table = nn.Parameter(torch.randn(N, D))
+    with pytest.raises(ValueError, match="update must be one of 'lazy', 'rowwise'; got 'sparse'"):
+        optimizer.add_param_group({"params": [table], "update": "sparse"})
+    assert len(optimizer.param_groups) == 3
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copied_optimiser_goes_on_bit_by_bit(copied):
+    net = Net(Policy(update="lazy", weight_decay=0.1))
+    optimizer = make_optimizer(net, ADAMW)
+    run(net, optimizer, SOME)
+    twin, its_optimizer = copied((net, optimizer))
+    assert its_optimizer.dense is not optimizer.dense
+    for one, other in ((net, optimizer), (twin, its_optimizer)):
+        for group in other.param_groups:
+            group["lr"] *= 0.5
+        run(one, other, SOME)
+    for (name, a), b in zip(twin.named_parameters(), net.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def unfrozen_later(dtype=torch.float32, batches=SOME):
+    """Two nets and one optimiser, which has the second only after some steps of the first."""
+    first, second = Net().to(dtype), Net(Policy(update="rowwise", weight_decay=0.1)).to(dtype)
+    optimizer = make_optimizer(first, ADAMW)
+    run(first, optimizer, batches)
+    for group in parameter_groups(second):  # two of dense parameters, then one of the table
+        optimizer.add_param_group(group)
+    return nn.ModuleList([first, second]), optimizer
+
+
+def step_both(nets, optimizer, batches):
+    for rows in batches:
+        optimizer.zero_grad()
+        sum(net(torch.tensor(rows)).square().sum() for net in nets).backward()
+        optimizer.step()
+
+
+def test_groups_may_be_added_after_the_first_step():
+    nets, optimizer = unfrozen_later()
+    updates = [group.get("update") for group in optimizer.param_groups]
+    assert updates == [None, None, "lazy", None, None, "rowwise"]
+    apart = copy.deepcopy(nets)
+    alone = Net()
+    own = [make_optimizer(alone, ADAMW), make_optimizer(apart[1], ADAMW)]
+    run(alone, own[0], SOME)
+    for net, one in zip((alone, apart[1]), own, strict=True):
+        run(net, one, SOME)
+    step_both(nets, optimizer, SOME)
+    for net, expected in zip(nets, (alone, apart[1]), strict=True):
+        for (name, a), b in zip(net.named_parameters(), expected.parameters(), strict=True):
+            assert torch.equal(a, b), name
+    assert optimizer.state[nets[1].table.weight].keys() == {"sum"}
+
+
+def test_a_saved_optimiser_with_added_groups_goes_on_bit_by_bit():
+    nets, optimizer = unfrozen_later(torch.bfloat16)
+    step_both(nets, optimizer, SOME)
+    copied, resumed = unfrozen_later(torch.bfloat16, batches=[])
+    copied.load_state_dict(nets.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for net in copied:
+        state = resumed.state[net.table.weight]
+        assert all(v.dtype == torch.float32 for v in state.values() if torch.is_tensor(v))
+    for one, other in ((nets, optimizer), (copied, resumed)):
+        step_both(one, other, SOME)
+    for (name, a), b in zip(copied.named_parameters(), nets.parameters(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_the_closure_is_what_makes_the_gradients():

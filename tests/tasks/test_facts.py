@@ -1,11 +1,13 @@
 import hashlib
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning import LightningModule, Trainer
 
 from tasks import ZipfFacts
 from tasks.batch import IGNORE, Batch
@@ -339,3 +341,43 @@ def test_an_alphabet_is_as_small_as_it_can_be(subjects, letters, alphabet):
 def test_what_cannot_be_is_explained(options, message):
     with pytest.raises(ValueError, match=message):
         small(**options)
+
+
+def trainer_of(max_steps, accumulate, processes):
+    return SimpleNamespace(
+        max_steps=max_steps, accumulate_grad_batches=accumulate, world_size=processes
+    )
+
+
+@pytest.mark.parametrize("trainer", [(20, 1, 1), (10, 2, 1), (5, 2, 2), (-1, 3, 2), None])
+def test_a_run_that_draws_the_counted_batches_may_start(trainer):
+    task = small()
+    task.trainer = trainer and trainer_of(*trainer)
+    task.setup("fit")
+
+
+@pytest.mark.parametrize(("trainer", "drawn"), [((20, 2, 1), 40), ((20, 1, 2), 40), ((6, 1, 1), 6)])
+def test_a_run_that_draws_other_batches_is_refused(trainer, drawn):
+    task = small()
+    task.trainer = trainer_of(*trainer)
+    message = f"counted over 20 training batches, but the run draws {drawn}: .*batches={drawn}$"
+    with pytest.raises(ValueError, match=message):
+        task.setup("fit")
+    task.setup("test")  # of which training is no part
+
+
+class Untrained(LightningModule):
+    """What a trainer asks for before it starts."""
+
+    def configure_optimizers(self):
+        raise AssertionError("training has begun")
+
+    def training_step(self, batch, index):
+        raise AssertionError("training has begun")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_refuses_before_training_begins():
+    trainer = Trainer(max_steps=20, accumulate_grad_batches=2, accelerator="cpu", barebones=True)
+    with pytest.raises(ValueError, match=r"but the run draws 40: 20 .* 2 .* 1 \(processes\)"):
+        trainer.fit(Untrained(), datamodule=small())
