@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -32,9 +31,9 @@ from harness.telemetry import (
     record_trace,
     write_telemetry,
 )
-from harness.training import blaming
+from harness.training import NO_TABLE, blaming
 from harness.usage_page import print_usage, write_usage
-from layers import Usage, metering
+from layers import Usage, metering, reads_tables, with_shared_tables
 from models import LanguageModel
 from tasks.base import Task
 
@@ -84,20 +83,20 @@ def evaluate_command(arguments: Sequence[str]) -> list[Evaluation]:
     if asked.telemetry:
         _check_telemetry(run, model)
     if asked.usage:
-        _require_run(run, "usage")
+        _check_usage(run, model)
     precision = config["trainer"].get("precision", "32-true")
     cases = [(built, carry) for built in tasks for carry in _carries(asked.carry, built)]
     score = partial(evaluate, model, split=asked.split, precision=precision)
-    with metering() if asked.usage else nullcontext() as meter:
-        results = [score(cases[0][0], carry=cases[0][1])]
-    results += [score(built, carry=carry) for built, carry in cases[1:]]
+    results = [score(built, carry=carry) for built, carry in cases]
     print_evaluations(results, f"{file} on {task[TARGET]} ({asked.split})")
     print(reference_line(tasks[0], asked.split))
     if run.config.exists():
         _record(run, file, asked, task, results)
     title = f"{run.name}, {file.name} on {tasks[0].name} ({asked.split})"
-    if meter is not None:
-        _report_usage(meter.by_layer(model), run, title)
+    if asked.usage:
+        with metering() as meter:  # in a pass of its own: recorded speeds are without a meter
+            score(cases[0][0], carry=cases[0][1])
+        _report_usage(with_shared_tables(model, meter.by_layer(model)), run, title)
     if asked.telemetry:
         trace = record_trace(
             model, tasks[0], split=asked.split, count=asked.telemetry, precision=precision
@@ -190,10 +189,15 @@ def _require_run(run: RunDirectory, option: str) -> None:
         raise RunError(f"{option}: {run.path} is no run directory to write to; give one as run=")
 
 
+def _check_usage(run: RunDirectory, model: LanguageModel) -> None:
+    """Raises RunError or FitError where there would be nothing to write, or nowhere."""
+    _require_run(run, "usage")
+    if not reads_tables(model):
+        raise FitError(NO_TABLE)
+
+
 def _report_usage(usage: Mapping[str, Usage], run: RunDirectory, title: str) -> None:
     """Prints and writes how evenly tables are used."""
-    if not usage:
-        raise FitError("usage: no layer of this model reads a table; one with ffn=pkm does")
     print_usage(usage)
     print("\n".join(map(str, write_usage(run.usage, usage, title))))
 

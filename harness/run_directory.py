@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from harness.check import Config, ConfigError
+from layers.atomic_file import replacing
 
 RUNS = Path("runs")
 _SHARED = "MNEME_RUN_DIR"  # how the processes of one run agree on its directory
@@ -191,27 +191,8 @@ def find_run(where: str | Path) -> tuple[RunDirectory, Path | None]:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file whole, so that no reader and no crash ever sees a part of it."""
-    data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    """Makes a rename in the directory survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def _directory_of_rank_zero() -> Path | None:

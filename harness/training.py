@@ -24,10 +24,13 @@ from harness.loggers import Dashboard, MetricsFile, last_validation
 from harness.provenance import config_hash, provenance
 from harness.run_directory import RunDirectory
 from harness.schema import options
+from layers import reads_tables
 from models import Budget, LanguageModel, SequenceModule, budget
 from models.lightning_module import OptimizerFactory
 from models.parameter_groups import make_optimizer
 from tasks.base import Task
+
+NO_TABLE = "usage: no layer of this model reads a table; one with ffn=pkm does"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ def prepare(config: Config) -> Prepared:
     """Builds the task and the model of a checked config; writes nothing but the task's cache.
 
     Raises:
-        ConfigError: values that do not go together, such as heads that do not divide the width.
+        ConfigError: values that do not go together, such as heads that do not divide the width, or
+            `usage` of a model without tables.
     """
     with blaming("task"):
         task: Task = build(config["task"])
@@ -59,6 +63,8 @@ def prepare(config: Config) -> Prepared:
     with blaming("model"):
         model = build_model(config, task)
         costs = budget(model, task.seq_len)
+    if options(config).usage and not reads_tables(model):
+        raise ConfigError([NO_TABLE])
     with blaming("optimizer"):
         make_optimizer(model, _optimizer(config))
     with blaming("schedule"):

@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from harness.page import document
 from harness.run_directory import write_atomically
-from harness.surprise_page import document
 from layers import Usage
 
 LEFT, WIDTH, HEIGHT, TOP = 70, 560, 220, 30  # of a curve, in the picture's own units
@@ -68,7 +68,7 @@ def _curve(usage: Usage) -> str:
         f'<text class="name" x="{LEFT}" y="{TOP - 8}">weight of a row over the mean</text>'
         f'<path d="M{LEFT} {TOP}V{bottom}H{LEFT + WIDTH}"/>'
         f'<text x="{LEFT - 6}" y="{TOP + 8}" text-anchor="end">{largest:.3g}</text>'
-        f'<text x="{LEFT - 6}" y="{bottom}" text-anchor="end">{largest / 10**DECADES:.1g}</text>'
+        f'<text x="{LEFT - 6}" y="{bottom}" text-anchor="end">{largest / 10**DECADES:.3g}</text>'
         f'<polyline points="{line}"/><polyline stroke-dasharray="4 4" points="{even}"/>'
         f'<text x="{LEFT}" y="{bottom + 20}">row 1, the most used</text>'
         f'<text x="{LEFT + WIDTH}" y="{bottom + 20}" text-anchor="end">{size:,}</text></svg>\n'

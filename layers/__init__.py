@@ -60,4 +60,4 @@ from layers.test_time_memory import TestTimeMemory
 from layers.test_time_parts import Features, Forgetting, Learner
 from layers.ultra_mem import UltraMem, UltraMemV2
 from layers.ultra_mem_keys import TuckerScores
-from layers.usage import Usage, UsageMeter, metering
+from layers.usage import Usage, UsageMeter, metering, reads_tables, with_shared_tables

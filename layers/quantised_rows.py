@@ -10,10 +10,7 @@ records.
 import mmap
 import os
 import struct
-import tempfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +20,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from layers.atomic_file import replacing
 from layers.protocol import require_at_least
 
 BLOCK_ROWS = 4096  # that are written at a time and share a checksum; another number, a new version
@@ -153,7 +151,7 @@ def write_table(path: Path, table: Float[Tensor, "n d"], *, bits: int) -> None:
     """
     layout = Layout(len(table), table.shape[1], bits)
     checksums = []
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.seek(layout.head)
         for start in range(0, layout.rows, BLOCK_ROWS):
             block = encode(table[start : start + BLOCK_ROWS], bits, first=start).numpy().data
@@ -174,26 +172,6 @@ def _head(layout: Layout, checksums: bytes) -> bytes:
         zlib.crc32(checksums),
     )
     return fields + _CHECKSUM.pack(zlib.crc32(fields)) + checksums
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of another when all is on disk, and never in part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # or a power cut could undo the renaming
-    finally:
-        os.close(folder)
 
 
 class TableFile:
@@ -223,6 +201,11 @@ class TableFile:
             self._map.madvise(mmap.MADV_RANDOM)  # neighbours of a row are not wanted with it
         records = np.frombuffer(self._map, dtype=np.uint8, offset=self.layout.head)
         self._records = records.reshape(self.layout.rows, self.layout.record)
+
+    @property
+    def checksum(self) -> int:
+        """Of the checksums of all blocks: tells two tables of one shape apart."""
+        return zlib.crc32(self._checksums.tobytes())
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Records `[n, s]` of rows."""

@@ -10,10 +10,11 @@ first token (persistent tokens, in `init_state`) is no part of it.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
+
+from layers.recorder import Slot
 
 
 class Record:
@@ -39,37 +40,31 @@ class Record:
         }
 
 
-_active: ContextVar[Record | None] = ContextVar("_active", default=None)
+_record: Slot[Record] = Slot("telemetry")
 
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
     """Leaves what happens inside the block out of any record: it is no part of the sequence."""
-    token = _active.set(None)
-    try:
+    with _record.holding(None):
         yield
-    finally:
-        _active.reset(token)
 
 
 @contextmanager
 def recording() -> Iterator[Record]:
     """Collects what layers report inside the block."""
     record = Record()
-    token = _active.set(record)
-    try:
+    with _record.holding(record):
         yield record
-    finally:
-        _active.reset(token)
 
 
 def observing() -> bool:
     """Whether somebody is recording, for reports that cost something to make."""
-    return _active.get() is not None
+    return _record.get() is not None
 
 
 def observe(layer: nn.Module, name: str, value: Tensor) -> None:
     """Reports `[B, T, ...]` of a layer; nothing happens unless somebody is recording."""
-    record = _active.get()
+    record = _record.get()
     if record is not None:
         record.add(layer, name, value)

@@ -8,13 +8,15 @@ All figures grow with the number of tokens read, so they are given with it.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from layers.recorder import Slot
+from layers.table import SharedTable, Table
 
 SHARES = (50, 90, 99)  # percent of all weight, of which the rows that hold it are counted
 
@@ -63,7 +65,7 @@ class Usage:
             "kl": _kl_from_even(mass),
             "kl_reads": _kl_from_even(reads),
             "gini": _gini(sorted_share),
-            **{f"rows_{p}": float((held < p / 100 - 1e-9).sum() + 1) for p in SHARES},
+            **{f"rows_{p}": _rows_that_hold(p / 100, held) for p in SHARES},
             "tokens": float(self.tokens),
         }
 
@@ -73,37 +75,73 @@ class Usage:
 
 
 class UsageMeter:
-    """The use of every layer that reported some."""
+    """The use of every layer that reported some.
+
+    Attributes:
+        counting: whether reads count; where not, a meter still notes which layers read, so that
+            processes that are to add up their counts name the same layers.
+    """
 
     def __init__(self) -> None:
+        self.counting = True
         self._usage: dict[nn.Module, Usage] = {}
 
     def add(self, layer: nn.Module, rows: Tensor, weights: Tensor, size: int) -> None:
         """Counts the reads of one call."""
-        self._usage.setdefault(layer, Usage.empty(size)).add(rows, weights)
+        usage = self._usage.setdefault(layer, Usage.empty(size))
+        if self.counting:
+            usage.add(rows, weights)
 
     def by_layer(self, model: nn.Module) -> dict[str, Usage]:
         """Name of the layer within `model` to its use."""
         return {n: self._usage[m] for n, m in model.named_modules() if m in self._usage}
 
 
-_active: ContextVar[UsageMeter | None] = ContextVar("_active", default=None)
+def reads_tables(model: nn.Module) -> bool:
+    """Whether a model has anything to meter: every layer with a table reports its reads."""
+    return any(isinstance(module, Table | SharedTable) for module in model.modules())
+
+
+def with_shared_tables(model: nn.Module, by_layer: Mapping[str, Usage]) -> dict[str, Usage]:
+    """Adds the use of each shared table, `tables.NAME`: the sum over the layers that read it.
+
+    Its tokens are those of the layer that read the most, as all of them usually read the same ones.
+    A layer with several shared tables reads the same rows of each.
+    Where layers cut the table's rows into values of several sizes, totals are of the largest pieces
+    that no value cuts.
+    """
+    readers: dict[str, list[Usage]] = {}
+    for layer, usage in by_layer.items():
+        for part in model.get_submodule(layer).children():
+            if isinstance(part, SharedTable):
+                readers.setdefault(f"tables.{part.asked[-1].share}", []).append(usage)
+    return {**by_layer, **{name: _together(usages) for name, usages in readers.items()}}
+
+
+def _together(usages: list[Usage]) -> Usage:
+    sizes = [usage.totals.shape[1] for usage in usages]
+    pieces = math.lcm(*sizes)
+    totals = [
+        usage.totals.repeat_interleave(pieces // size, 1)
+        for usage, size in zip(usages, sizes, strict=True)
+    ]
+    return Usage(torch.stack(totals).sum(0), max(usage.tokens for usage in usages))
+
+
+_meter: Slot[UsageMeter] = Slot("usage")
 
 
 @contextmanager
 def metering(meter: UsageMeter | None = None) -> Iterator[UsageMeter]:
     """Counts which rows are read inside the block, adding to a meter if one is given."""
     counting = UsageMeter() if meter is None else meter
-    token = _active.set(counting)
-    try:
+    with _meter.holding(counting):
         yield counting
-    finally:
-        _active.reset(token)
 
 
 def observe_rows(layer: nn.Module, rows: Tensor, weights: Tensor, size: int) -> None:
     """Reports the rows, `[..., h, k]`, of N that a layer reads; nothing happens unless metered."""
-    meter = _active.get()
+    meter = _meter.get()
     if meter is not None:
         meter.add(layer, rows, weights, size)
 
@@ -115,6 +153,11 @@ def _shares(mass: Tensor) -> Tensor:
 
 def _percent_used(mass: Tensor) -> float:
     return 100 * float((mass > 0).double().mean())
+
+
+def _rows_that_hold(share: float, held: Tensor) -> float:
+    """How many rows, the most used first, hold a share of the weight; `held` is its cumulation."""
+    return float((held < share - 1e-9).sum() + 1) * bool(held[-1] > 0)
 
 
 def _kl_from_even(mass: Tensor) -> float:

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from layers import Usage, UsageMeter, is_loss, metering
+from layers import Usage, UsageMeter, is_loss, metering, with_shared_tables
 from models.clipping import MAIN, clip_by_groups
 from models.diagnosis import NonFiniteError, first_nonfinite, nonfinite_gradients
 from models.language_model import LanguageModel
@@ -143,6 +143,8 @@ class SequenceModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Counts one batch."""
+        if self.usage is not None:  # `tasks.batch.deal` repeats a batch, unscored
+            self.usage.counting = bool((batch.targets != IGNORE).any())
         with nullcontext() if self.usage is None else metering(self.usage):
             logits = self.model(batch.inputs, keep_state=False).y
         self.metrics.update(logits, batch)
@@ -158,13 +160,15 @@ class SequenceModule(LightningModule):
     def _usage(self) -> dict[str, float]:
         """The use of tables in this validation, over all ranks."""
         used = {} if self.usage is None else self.usage.by_layer(self.model)
-        figures: dict[str, float] = {}
         for layer, usage in used.items():
             sums = torch.cat([usage.totals.flatten(), torch.tensor([float(usage.tokens)])])
             sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").cpu()
-            every = Usage(sums[:-1].view_as(usage.totals), int(sums[-1]))
-            figures |= {f"usage/{layer}/{name}": v for name, v in every.metrics().items()}
-        return figures
+            used[layer] = Usage(sums[:-1].view_as(usage.totals), int(sums[-1]))
+        return {
+            f"usage/{place}/{name}": value
+            for place, usage in with_shared_tables(self.model, used).items()
+            for name, value in usage.metrics().items()
+        }
 
     def _log_update(self, norms: dict[str | None, Tensor], lr: float) -> None:
         """Writes the row of the update that is about to be made, numbered from 1.

@@ -1,7 +1,8 @@
 """Stores the tables of a trained run in few bits, and measures what that loses and saves.
 
 RUN/tables/8bit and RUN/tables/4bit each get a file per table and the rest of the model: all that
-serving it needs. Each form, and fp32 in memory, is evaluated in a process of its own.
+serving it needs. Each form, and fp32 in memory, is evaluated in a process of its own. With
+--verify, the files that are there are read once and compared with what was written.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -29,6 +31,7 @@ from harness.evaluation import Evaluation, check_fit, evaluate, restore_model
 from harness.run_directory import RunDirectory, RunError, find_run
 from harness.schema import check_config
 from harness.training import build_model
+from layers.quantised_rows import TableFile, TableFileError
 from layers.stored_table import Reads, StoredTable, replace_tables, store_tables
 from layers.table import Table
 from models import LanguageModel
@@ -36,7 +39,8 @@ from scripts.reporting.measured import measured
 from scripts.reporting.page import place
 from tasks.base import EvalSplit, Task
 
-MODEL = "model.ckpt"  # beside the tables: the rest of the model
+MODEL = "model.ckpt"  # beside the tables: the rest of the model, and the checksum of each table
+CHECKSUMS = "table_checksums"  # in it, by the name of the file
 MIB = 2**20
 
 
@@ -68,7 +72,7 @@ def export(run: RunDirectory, checkpoint: Path, bits: int) -> Path:
     Raises:
         RunError: the model has no table, or one that is not finite.
     """
-    folder = run.path / "tables" / f"{bits}bit"
+    folder = _folder(run, bits)
     (folder / MODEL).unlink(missing_ok=True)
     read = read_checkpoint(checkpoint)
     config = checkpoint_config(read)
@@ -83,8 +87,43 @@ def export(run: RunDirectory, checkpoint: Path, bits: int) -> Path:
         del weights[f"{name}.weight"]
     kept = {k: v for k, v in read.items() if k not in ("state_dict", "optimizer_states")}
     kept |= {"weights": dict(weights), "buffers": dict(model.named_buffers())}
+    kept[CHECKSUMS] = {file.name: TableFile(file).checksum for file in files.values()}
     AtomicCheckpointIO().save_checkpoint(kept, folder / MODEL)
     return folder
+
+
+def damages(folder: Path) -> list[str]:
+    """Reads all tables of an exported folder and says what is wrong, a line per file.
+
+    Raises:
+        RunError: the folder has no model.
+    """
+    checksums = _checksums(read_checkpoint(folder / MODEL))
+    found = []
+    for name in sorted({*checksums, *(file.name for file in folder.glob("*.table"))}):
+        try:
+            table = TableFile(folder / name)
+            _check_own(table, checksums)
+            table.verify()
+        except TableFileError as error:
+            found.append(str(error))
+    return found
+
+
+def _folder(run: RunDirectory, bits: int) -> Path:
+    return run.path / "tables" / f"{bits}bit"
+
+
+def _checksums(model: Mapping[str, Any]) -> dict[str, int]:
+    return dict(model.get(CHECKSUMS, {}))  # an older export has none: it must be made again
+
+
+def _check_own(table: TableFile, checksums: Mapping[str, int]) -> None:
+    """Raises TableFileError for a table of the same shape that is another model's."""
+    if checksums.get(table.path.name) != table.checksum:
+        raise TableFileError(
+            f"{table.path} is not the table that was stored with {MODEL}; store both again"
+        )
 
 
 def served_model(folder: Path, *, cache_bytes: int) -> LanguageModel:
@@ -94,14 +133,15 @@ def served_model(folder: Path, *, cache_bytes: int) -> LanguageModel:
 
     Raises:
         RunError: the folder has no model.
-        TableFileError: a table's file cannot be used.
+        TableFileError: a table's file cannot be used, or was not stored with this model.
     """
     read = read_checkpoint(folder / MODEL)
     config = checkpoint_config(read)
     task = build(config["task"])
     with torch.device("meta"):
         model = build_model(config, task)
-    replace_tables(model, folder, cache_bytes=cache_bytes)
+    for table in replace_tables(model, folder, cache_bytes=cache_bytes).values():
+        _check_own(table.file, _checksums(read))
     model.load_state_dict(read["weights"], assign=True)
     for name, value in read["buffers"].items():  # also those that a state_dict leaves out
         owner, _, buffer = name.rpartition(".")
@@ -164,13 +204,16 @@ def resident() -> dict[str, float]:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Exports, measures, and prints the table or puts it into a file.
+    """Exports, measures, and prints the table or puts it into a file; or verifies.
 
     Raises:
-        RunError: no run there, or one without tables.
+        RunError: no run there, or one without tables, or with damaged ones.
     """
     asked = _parser().parse_args(arguments)
     directory, file = find_run(asked.run)
+    if asked.verify:
+        _verify([f for bits in asked.bits if (f := _folder(directory, bits)).exists()], directory)
+        return
     checkpoint = file or directory.best
     forms = {"fp32 in memory": checkpoint}
     for bits in asked.bits:
@@ -187,10 +230,27 @@ def run(arguments: Sequence[str]) -> None:
     print(report)
 
 
+def _verify(folders: Sequence[Path], directory: RunDirectory) -> None:
+    """Prints which folders are as they were written, and raises RunError for what is not."""
+    if not folders:
+        raise RunError(f"{directory.path} has no stored tables of these bits; store them first")
+    found = []
+    for folder in folders:
+        wrong = damages(folder)
+        found += wrong
+        if not wrong:
+            print(f"{folder}: as written")
+    if found:
+        raise RunError("\n".join(found))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python scripts/store_tables.py", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="a run directory, or one of its checkpoints")
     parser.add_argument("--bits", type=int, nargs="+", choices=[8, 4], default=[8, 4])
+    parser.add_argument(
+        "--verify", action="store_true", help="only read the files that are there, and compare"
+    )
     parser.add_argument(
         "--cache-mb", type=float, default=16, help="MiB for the rows of all tables that were read"
     )

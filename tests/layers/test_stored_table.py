@@ -263,6 +263,18 @@ def test_a_flipped_bit_of_a_row_is_found_by_verify(tmp_path):
         StoredTable(path).file.verify()
 
 
+def test_the_checksum_tells_tables_of_one_shape_apart(tmp_path):
+    def checksum(weight: torch.Tensor) -> int:
+        write_table(tmp_path / "t.table", weight, bits=8)
+        return StoredTable(tmp_path / "t.table").file.checksum
+
+    weight = normal(BLOCK_ROWS + 9, 3)
+    first = checksum(weight)
+    assert checksum(weight) == first
+    weight[-1, 0] += 1
+    assert checksum(weight) != first
+
+
 def test_the_file_is_as_large_as_its_layout_says(tmp_path):
     for bits, dim, record in [(8, 5, 12), (4, 5, 8), (4, 64, 36), (8, 64, 68)]:
         write_table(tmp_path / "t.table", normal(3, dim), bits=bits)

@@ -1,5 +1,7 @@
 """From a trained run to its tables in files, and what is measured of them."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from harness.evaluation import restore_model
 from harness.jobs import start_run
 from harness.run_directory import RunDirectory, RunError
 from layers import replace_tables
+from layers.quantised_rows import BLOCK_ROWS, TableFile, TableFileError
 from scripts import store_tables
 from scripts.store_tables import MODEL, export, served_model
 from tests.harness.conftest import TINY
@@ -97,6 +100,59 @@ def test_a_process_of_its_own_measures_its_memory(trained):
     assert served.table_bytes == (folder / "tables.memory_plus.table").stat().st_size
     assert served.after["RssAnon"] >= served.before["RssAnon"] > 0
     assert served.reads.rows > served.reads.cached
+
+
+def test_tables_of_another_model_of_the_same_shape_are_refused(trained, tmp_path):
+    weights = read_checkpoint(trained.best)
+    weights["state_dict"]["model.tables.memory_plus.weight"].neg_()
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(weights, tmp_path / "checkpoints" / "other.ckpt")
+    ours, theirs = (
+        export(RunDirectory(tmp_path), tmp_path / "checkpoints" / "other.ckpt", 8),
+        export(trained, trained.best, 8),
+    )
+    name = "tables.memory_plus.table"
+    served_model(ours, cache_bytes=0)
+    shutil.copy(theirs / name, ours / name)
+    with pytest.raises(TableFileError, match=r"plus\.table is not the table that was stored with"):
+        served_model(ours, cache_bytes=0)
+    with pytest.raises(RunError, match=r"plus\.table is not the table that was stored with"):
+        store_tables.run([str(tmp_path), "--verify"])
+
+
+def test_verifying_names_every_damaged_file_and_its_rows(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(store_tables, "_in_a_process", lambda *_: pytest.fail("measured"))
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(trained.path, run.path)
+    folders = [export(run, run.best, bits) for bits in (8, 4)]
+    store_tables.run([str(run.path), "--verify"])
+    assert capsys.readouterr().out.splitlines() == [f"{folder}: as written" for folder in folders]
+    files = [folder / "tables.memory_plus.table" for folder in folders]
+    for file in files:
+        flip_a_bit(file, TableFile(file).layout.head + 9)
+    rows = TableFile(files[0]).layout.rows
+    assert rows <= BLOCK_ROWS
+    with pytest.raises(RunError) as caught:
+        store_tables.run([str(run.path), "--verify"])
+    assert str(caught.value).splitlines() == [
+        f"{file} is damaged in rows 0 to {rows - 1}; store it again" for file in files
+    ]
+    files[0].unlink()
+    with pytest.raises(RunError, match="there is no stored table at"):
+        store_tables.run([str(run.path), "--verify", "--bits", "8"])
+
+
+def flip_a_bit(file, at: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= 4
+    file.write_bytes(data)
+
+
+def test_verifying_a_run_without_stored_tables_is_refused(trained, tmp_path):
+    run = shutil.copytree(trained.path, tmp_path / "run")
+    shutil.rmtree(run / "tables", ignore_errors=True)
+    with pytest.raises(RunError, match="has no stored tables of these bits; store them first"):
+        store_tables.run([str(run), "--verify"])
 
 
 def test_a_run_without_tables_is_refused(tmp_path):
