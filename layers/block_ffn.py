@@ -10,7 +10,7 @@ from layers.precision import at_least_fp32
 from layers.protocol import Layer, Output, State, require_at_least
 from layers.registry import register
 from layers.telemetry import observe
-from ops.routing import router_logits
+from ops.routing import mean_over_tokens, router_logits
 
 _STEEP = 100.0  # of the sigmoid that takes a logit for active or not, as in the released code
 
@@ -112,8 +112,8 @@ class BlockFFN(Layer):
         return self.experts(x.flatten(0, 1), expert, copies, weight).view(x.shape)
 
     def _aux(self, logits: Tensor, active: Tensor) -> dict[str, Tensor]:
-        load = active.to(logits.dtype).mean((0, 1))
-        together = _chunks(active, self.chunk).any(2).to(logits.dtype)
+        load = mean_over_tokens(active.to(logits.dtype))
+        together = mean_over_tokens(_chunks(active, self.chunk).any(2).to(logits.dtype))
         aux = {
             "active": load.mean(),
             "active_chunk": together.mean(),
@@ -131,7 +131,7 @@ def _in_use(logits: Float[Tensor, "b t e"], chunk: int) -> Tensor:
     """The mean probability that an expert is in use in a chunk, a token choosing one by share."""
     weight = logits.relu()
     share = weight / weight.sum(-1, keepdim=True).clamp(min=1e-6)
-    return 1 - (1 - _chunks(share, chunk)).prod(2).mean()
+    return mean_over_tokens(1 - (1 - _chunks(share, chunk)).prod(2)).mean()
 
 
 def _disagreement(logits: Float[Tensor, "b t e"]) -> Tensor:

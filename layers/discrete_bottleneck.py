@@ -119,33 +119,40 @@ class DiscreteKeyValueBottleneck(Layer):
             decay: of the averages, per call.
             reseed_below: as a fraction of tokens / P; 0 never replaces a key.
             generator: of the tokens that replace keys, on the CPU.
+
+        All is counted in at least fp32, but averages are kept in the dtype of the layer: cast it to
+        a narrower one after this phase. An empty batch changes nothing.
         """
+        if x.numel() == 0:
+            return
         x = x.flatten(0, -2)
-        queries = _queries(x, self.projection, self.codebooks).to(self.sums.dtype)
+        sizes, sums = at_least_fp32(self.sizes), at_least_fp32(self.sums)
+        queries = _queries(x, self.projection, self.codebooks).to(sums.dtype)
         code = _nearest(queries, self.codebook)
-        counts = torch.zeros_like(self.sizes).scatter_add_(
-            1, code, torch.ones_like(queries[..., 0])
-        )
-        totals = torch.zeros_like(self.sums)
+        counts = torch.zeros_like(sizes).scatter_add_(1, code, torch.ones_like(queries[..., 0]))
+        totals = torch.zeros_like(sums)
         totals.scatter_add_(1, code[..., None].expand_as(queries), queries)
-        self.sizes.lerp_(counts, 1 - decay)
-        self.sums.lerp_(totals, 1 - decay)
-        moved = self.sums / _smoothed(self.sizes)[..., None]
-        self.codebook.copy_(torch.where(self.sizes[..., None] > 0, moved, self.codebook))
-        self._reseed(queries, reseed_below * len(x) / self.keys, generator)
+        sizes, sums = sizes.lerp(counts, 1 - decay), sums.lerp(totals, 1 - decay)
+        moved = sums / _smoothed(sizes)[..., None]
+        keys = torch.where(sizes[..., None] > 0, moved, self.codebook)
+        least = reseed_below * len(x) / self.keys
+        dead, seeds = sizes < least, self._tokens(queries, generator)
+        self.codebook.copy_(torch.where(dead[..., None], seeds, keys))
+        self.sums.copy_(torch.where(dead[..., None], least * seeds, sums))
+        self.sizes.copy_(torch.where(dead, least, sizes))
 
     def active_parameters(self) -> int:
         """One row of each codebook's values, and the output map."""
         return self.codebooks * self.value_dim + sum(p.numel() for p in self.out_proj.parameters())
 
-    def _reseed(self, queries: Tensor, least: float, generator: torch.Generator | None) -> None:
-        """Replaces the keys that have fewer queries than `least` by queries of random tokens."""
+    def fixed_numbers_read(self) -> int:
+        """Projections and all keys."""
+        return self.projection.numel() + self.codebook.numel()
+
+    def _tokens(self, queries: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The query of a random token for each key."""
         drawn = torch.randint(queries.shape[1], self.sizes.shape, generator=generator)
-        drawn = drawn.to(queries.device)[..., None].expand_as(self.codebook)
-        seeds, dead = queries.gather(1, drawn), self.sizes < least
-        self.codebook[dead] = seeds[dead]
-        self.sums[dead] = least * seeds[dead]
-        self.sizes[dead] = least
+        return queries.gather(1, drawn.to(queries.device)[..., None].expand_as(self.codebook))
 
 
 @without_autocast
@@ -163,7 +170,7 @@ def _nearest(queries: Tensor, keys: Tensor) -> Tensor:
     keys, queries = torch.cat([-2 * keys, norms], -1), F.pad(queries, (0, 1), value=1.0)
     nearest = []
     for block in queries.split(max(1, _BLOCK // keys.shape[1]), dim=1):
-        together = max(1, _BLOCK // (block.shape[1] * keys.shape[1]))  # codebooks
+        together = max(1, _BLOCK // max(1, block.shape[1] * keys.shape[1]))  # codebooks
         pairs = zip(block.split(together), keys.split(together), strict=True)
         # |k|^2 - 2 q k, which lacks only the query's own norm
         nearest.append(torch.cat([torch.bmm(q, k.mT).argmin(-1) for q, k in pairs]))

@@ -150,6 +150,8 @@ class MixtureOfMemories(Memory):
     def forward(self, x: Float[Tensor, "b t d"], state: MixtureState | None = None) -> Output:
         """Writes each token into its memories and reads them with its query."""
         state = self.init_state(len(x)) if state is None else state
+        if x.numel() == 0:  # there is nothing to write, and no sequence to pack
+            return self._nothing(x, state)
         text, conv = self._convolved(x, state.conv)
         logits = self._logits(x, state.position)
         routes = route(logits, self.top_k)
@@ -257,6 +259,13 @@ class MixtureOfMemories(Memory):
         if positions is not None:
             positions = packed(positions[..., None], packing)[..., 0]
         return base.operands(qkv, raw, positions), tails
+
+    def _nothing(self, x: Tensor, state: MixtureState) -> Output:
+        """The output of no token."""
+        logits = self._logits(x, state.position)
+        routes = route(logits, self.top_k)
+        self._observe(routes)
+        return Output(torch.zeros_like(x), state, self._aux(routes, logits))
 
     def _aux(self, routes: Routes, logits: Tensor) -> dict[str, Tensor]:
         """Losses of a router that learns, and how evenly it loads the memories."""

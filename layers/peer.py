@@ -5,8 +5,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.product_key_memory import default_key_dim
-from layers.product_keys import ProductKeys, QueryNorm
+from layers.product_keys import ProductKeys, QueryNorm, default_key_dim
 from layers.protocol import Layer, Output, State, require_choice
 from layers.registry import register
 from layers.table import OWN, TableOptions, make_table

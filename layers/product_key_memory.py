@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers.product_keys import ProductKeys, QueryNorm
+from layers.product_keys import ProductKeys, QueryNorm, default_key_dim
 from layers.protocol import Layer, Output, State, require_at_least, require_choice
 from layers.registry import register
 from layers.table import OWN, TableOptions, make_table
@@ -17,11 +17,13 @@ Gate = Literal["silu", "sigmoid", "none"]
 
 CLOSED = -2.0  # where a sigmoid gate begins: a new memory adds an eighth of what it reads
 
-_SMALL = {"heads": 2, "top_k": 3, "sub_keys": 4, "table": TableOptions(update="dense")}
+_LAZY = {"heads": 2, "top_k": 3, "sub_keys": 4}
+_SMALL = _LAZY | {"table": TableOptions(update="dense")}
 
 
 @register(
     default=_SMALL,
+    sparse_gradient=_LAZY,
     plain=_SMALL | {"gate": "none", "query_norm": "none", "scores": "relu", "top_k": 12},
     one_gate=_SMALL | {"gate": "sigmoid"},
     narrow=_SMALL | {"gate": "none", "value_dim": 6, "key_dim": 10},
@@ -114,11 +116,6 @@ class ProductKeyMemory(Layer):
         own = sum(p.numel() for p in self.parameters())
         table = sum(p.numel() for p in self.values.parameters())
         return own - table + self.keys.heads * self.keys.top_k * self.value_dim
-
-
-def default_key_dim(d_model: int) -> int:
-    """Half the model's width, as Memory+ has it, made even."""
-    return 2 * -(-d_model // 4)
 
 
 def _gate(kind: Gate, d_model: int, value_dim: int) -> nn.Module:

@@ -48,7 +48,8 @@ class ProductKeys(nn.Module):
             the batch, later ones too. "none" leaves queries as they are.
         shared: heads search the same sub-keys, as in PEER; otherwise each has its own.
 
-    Initialisation: sub-keys uniform within 1/sqrt(K/2); the query map Xavier-uniform, no bias.
+    Initialisation: sub-keys uniform within 1/sqrt(K/2); the query map Xavier-uniform with a bias of
+    zero.
     """
 
     def __init__(
@@ -64,14 +65,12 @@ class ProductKeys(nn.Module):
     ) -> None:
         super().__init__()
         require_at_least(1, heads=heads, top_k=top_k, sub_keys=sub_keys)
-        if key_dim < 2 or key_dim % 2:
-            raise ValueError(f"key_dim must be even and 2 or more, for two halves; got {key_dim}")
+        half = half_width(key_dim)
         if top_k > sub_keys**2:
             raise ValueError(
                 f"top_k ({top_k}) must be at most the rows there are, sub_keys^2 = {sub_keys**2}"
             )
         self.heads, self.top_k, self.sub_keys = heads, top_k, sub_keys
-        half = key_dim // 2
         self.query_proj = nn.Linear(d_model, heads * key_dim)
         self.norm = _query_norm(query_norm, heads, half)
         self.keys = nn.Parameter(torch.empty(1 if shared else heads, 2, sub_keys, half))
@@ -88,6 +87,22 @@ class ProductKeys(nn.Module):
     def rows(self) -> int:
         """Rows that can be addressed, n^2."""
         return self.sub_keys**2
+
+
+def default_key_dim(d_model: int) -> int:
+    """K where none is given: half the model's width, as Memory+ has it, made even."""
+    return 2 * -(-d_model // 4)
+
+
+def half_width(key_dim: int) -> int:
+    """Width of one half of a query, K/2.
+
+    Raises:
+        ValueError: K cannot be halved.
+    """
+    if key_dim < 2 or key_dim % 2:
+        raise ValueError(f"key_dim must be even and 2 or more, for two halves; got {key_dim}")
+    return key_dim // 2
 
 
 @without_autocast

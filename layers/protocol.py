@@ -98,6 +98,13 @@ class Layer(nn.Module):
         own = sum(p.numel() for p in self.parameters()) - held
         return own + sum(layer.active_parameters() for layer in inside)
 
+    def fixed_numbers_read(self) -> int:
+        """Numbers in buffers, such as keys that are not trained, that one token reads.
+
+        Layers inside answer for theirs. Constants of a few numbers do not count.
+        """
+        return sum(layer.fixed_numbers_read() for layer in _layers_inside(self))
+
 
 class Memory(Layer):
     """A layer whose memory can also be asked without being written."""

@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from layers.product_key_memory import default_key_dim
+from layers.product_keys import default_key_dim
 from layers.protocol import Layer, Output, State, require_at_least
 from layers.registry import register
 from layers.table import OWN, Rows, SharedTable, Table, TableOptions, make_table

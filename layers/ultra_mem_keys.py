@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from layers.precision import at_least_fp32
+from layers.product_keys import half_width
 from layers.protocol import require_at_least
 from ops.precision import without_autocast
 from ops.tucker import Leading, leading_vectors, tail_penalty, tucker_topk
@@ -77,7 +78,8 @@ class TuckerKeys(nn.Module):
     `ops.tucker` says how the best of them are found by the leading singular vectors of C. In
     training each call takes these from the cores as they are, without gradient and signed like
     those before, and leaves them in the buffer `leading`, which is part of a checkpoint; in
-    evaluation the buffer is used as it is. `VirtualSlots` says which row a slot is.
+    evaluation the buffer is used as it is, in bf16 if the layer was cast to that.
+    `VirtualSlots` says which row a slot is.
 
     Args:
         d_model: width D of what queries are made of.
@@ -110,8 +112,7 @@ class TuckerKeys(nn.Module):
     ) -> None:
         super().__init__()
         require_at_least(1, heads=heads, top_k=top_k, sub_keys=sub_keys)
-        if key_dim < 2 or key_dim % 2:
-            raise ValueError(f"key_dim must be even and 2 or more, for two halves; got {key_dim}")
+        half = half_width(key_dim)
         self.heads, self.top_k, self.scoring = heads, top_k, scoring
         self.side = sub_keys * _root(expansion)
         survivors = min(top_k, self.side, scoring.side_k)
@@ -122,7 +123,7 @@ class TuckerKeys(nn.Module):
                 f"side, and side_k ({scoring.side_k})"
             )
         self.slots = VirtualSlots(sub_keys**2, expansion)
-        rank, half = scoring.rank, key_dim // 2
+        rank = scoring.rank
         self.queries = heads if scoring.query_per_head else 1, rank if scoring.query_per_rank else 1
         self.query_proj = nn.Linear(d_model, prod(self.queries) * key_dim, bias=False)
         self.keys = nn.Parameter(torch.randn(heads, 2, rank, self.side, half) * half**-0.5)
@@ -136,19 +137,15 @@ class TuckerKeys(nn.Module):
             nn.init.constant_(norm.weight, (half * size) ** -0.25)
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Selected:
-        """The rows of each token."""
-        heads, ranks = self.queries
-        query = rearrange(
-            self.query_proj(x), "b t (h s r k) -> h s r (b t) k", h=heads, s=2, r=ranks
-        )
-        rows, columns = _scores(self.query_norm(query), self.key_norm(self.keys))
+        """The rows of each token, under autocast those of the same tokens without it."""
+        rows, columns = _scores(x, self)
         leading = self._leading()
         scores, slots = tucker_topk(
             rows, columns, self.cores, self.top_k, leading=leading, side_k=self.scoring.side_k
         )
-        losses = self._losses(rows, columns, leading, slots)
-        table_rows, groups = self.slots(rearrange(slots, "h (b t) k -> b t h k", b=len(x)))
-        by_token = rearrange(scores, "h (b t) c k -> b t h c k", b=len(x))
+        losses = _losses(rows, columns, leading, slots, self)
+        by_token, slots = (t.unflatten(1, x.shape[:2]).movedim(0, 2) for t in (scores, slots))
+        table_rows, groups = self.slots(slots)
         return Selected(by_token, table_rows, groups, losses)
 
     def _leading(self) -> Leading:
@@ -160,30 +157,40 @@ class TuckerKeys(nn.Module):
             self.leading.copy_(torch.stack(fresh))
         return fresh
 
-    def _losses(
-        self, rows: Tensor, columns: Tensor, leading: Leading, slots: Tensor
-    ) -> dict[str, Tensor]:
-        options = self.scoring
-        losses: dict[str, Tensor] = {}
-        if options.tail_loss > 0 and options.rank > 1:
-            penalty = tail_penalty(self.cores.sum(0), options.tail_threshold)
-            losses["loss_tail"] = options.tail_loss * penalty
-        if options.balance_loss > 0:
-            chosen = slots.div(self.side, rounding_mode="floor"), slots % self.side
-            sides = zip((rows, columns), leading, chosen, strict=True)
-            uneven = [unevenness(side @ v.to(side), index) for side, v, index in sides]
-            losses["loss_balance"] = options.balance_loss * torch.stack(uneven).sum()
-        return losses
-
 
 @without_autocast
 def _scores(
-    query: Float[Tensor, "g s a t k"], keys: Float[Tensor, "h s r n k"]
-) -> tuple[Float[Tensor, "h t n r"], Float[Tensor, "h t n r"]]:
-    """All r scores of tokens with row and column keys; one query may serve heads and ranks."""
+    x: Float[Tensor, "b t d"], to: TuckerKeys
+) -> tuple[Float[Tensor, "h n s r"], Float[Tensor, "h n s r"]]:
+    """All r scores of n tokens with the row and column keys of a side.
+
+    One query may serve all heads and ranks. In bf16 some of the best scores would be ties.
+    """
+    heads, ranks = to.queries
+    query = to.query_proj(x.to(to.keys.dtype))
+    query = rearrange(query, "b t (h s r k) -> h s r (b t) k", h=heads, s=2, r=ranks)
+    query, keys = to.query_norm(query), to.key_norm(to.keys)
     scores = at_least_fp32(query) @ at_least_fp32(keys).mT
     rows, columns = scores.movedim(2, -1).unbind(1)
     return rows, columns
+
+
+@without_autocast
+def _losses(
+    rows: Tensor, columns: Tensor, leading: Leading, slots: Tensor, of: TuckerKeys
+) -> dict[str, Tensor]:
+    """The losses that are on, in at least fp32; that on the cores' tail is the same for any x."""
+    options = of.scoring
+    losses: dict[str, Tensor] = {}
+    if options.tail_loss > 0 and options.rank > 1:
+        penalty = tail_penalty(at_least_fp32(of.cores).sum(0), options.tail_threshold)
+        losses["loss_tail"] = options.tail_loss * penalty
+    if options.balance_loss > 0:
+        chosen = slots.div(of.side, rounding_mode="floor"), slots % of.side
+        sides = zip((rows, columns), leading, chosen, strict=True)
+        uneven = [unevenness(side @ v.to(side), index) for side, v, index in sides]
+        losses["loss_balance"] = options.balance_loss * torch.stack(uneven).sum()
+    return losses
 
 
 def unevenness(merged: Float[Tensor, "h t n"], chosen: Int[Tensor, "h t k"]) -> Tensor:
@@ -236,6 +243,7 @@ class VirtualSlots(nn.Module):
         slots = None
         if groups > 1:
             slots = torch.randperm(rows * groups, generator=generator, device="cpu")
+            slots = slots.to(torch.get_default_device())
         self.register_buffer("permutation", slots)
 
     def forward(

@@ -67,17 +67,18 @@ def balance_loss(routes: Routes) -> Tensor:
     As in "Switch Transformers" (arXiv 2101.03961), with the k choices of a token added up.
     """
     memories = routes.probability.shape[-1]
-    return memories * (load(routes) * routes.probability.mean((0, 1))).sum()
+    return memories * (load(routes) * mean_over_tokens(routes.probability)).sum()
 
 
 def load(routes: Routes) -> Float[Tensor, " m"]:
     """Tokens of each memory per token; they sum to k."""
-    return _members(routes.memory, routes.probability.shape[-1]).to(routes.weight).mean((0, 1))
+    members = _members(routes.memory, routes.probability.shape[-1])
+    return mean_over_tokens(members.to(routes.weight))
 
 
 def z_loss(logits: Float[Tensor, "b t m"]) -> Tensor:
     """Mean squared log partition of a router's logits, of "ST-MoE" (arXiv 2202.08906)."""
-    return logits.logsumexp(-1).square().mean()
+    return mean_over_tokens(logits.logsumexp(-1).square())
 
 
 def router_telemetry(routes: Routes) -> dict[str, Tensor]:
@@ -88,8 +89,13 @@ def router_telemetry(routes: Routes) -> dict[str, Tensor]:
     """
     share = load(routes) / routes.memory.shape[-1]
     probability = routes.probability.detach()
-    entropy = -torch.special.xlogy(probability, probability).sum(-1).mean()
+    entropy = -mean_over_tokens(torch.special.xlogy(probability, probability).sum(-1))
     return {"load_max": share.max(), "load_min": share.min(), "router_entropy": entropy}
+
+
+def mean_over_tokens(x: Float[Tensor, "b t *m"]) -> Float[Tensor, "*m"]:
+    """The mean over batch and time; zeros where there is no token."""
+    return x.sum((0, 1)) / max(1, x.shape[0] * x.shape[1])
 
 
 class Packing(NamedTuple):

@@ -19,10 +19,6 @@ _LONGEST = 256  # lookups added up one after the other; longer runs are summed i
 # y_i = table[rows_i] . x[token_i], the gradient of a weighted bag with respect to its weights
 _bag_products = torch.ops.aten._embedding_bag_per_sample_weights_backward
 
-with warnings.catch_warnings():  # the first sparse matrix of a process says that they are in beta
-    warnings.simplefilter("ignore")
-    torch.eye(1).to_sparse_csr()
-
 
 def weighted_sums(
     table: Float[Tensor, "N D"], rows: Int[Tensor, "T m"], weights: Float[Tensor, "T m"]
@@ -51,14 +47,16 @@ def products(
     if rows.device.type != "cpu" or lookups > table.shape[0]:  # than entries in a row of x table^T
         token = torch.arange(tokens, device=rows.device).repeat_interleave(lookups)
         return _bag_products(x, table, rows.flatten(), token, token, 0).view(rows.shape)
-    chosen = torch.sparse_csr_tensor(
-        torch.arange(tokens + 1, device=rows.device) * lookups,
-        rows.flatten(),
-        x.new_zeros(rows.numel()),
-        (tokens, table.shape[0]),
-        check_invariants=False,
-    )
-    entries = torch.sparse.sampled_addmm(chosen, x, table.T, beta=0.0).values()
+    with warnings.catch_warnings():  # the first such matrix of a process says that it is in beta
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        chosen = torch.sparse_csr_tensor(
+            torch.arange(tokens + 1, device=rows.device) * lookups,
+            rows.flatten(),
+            x.new_zeros(rows.numel()),
+            (tokens, table.shape[0]),
+            check_invariants=False,
+        )
+        entries = torch.sparse.sampled_addmm(chosen, x, table.T, beta=0.0).values()
     return entries.clone().view(rows.shape)  # of its own: torch.compile takes no view of a matrix
 
 

@@ -198,6 +198,24 @@ def test_updates_find_clusters_and_use_all_keys():
     assert used.double().mean() > 0.8
 
 
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)], ids=str)
+def test_an_empty_batch_moves_nothing(shape):
+    layer = bottleneck()
+    layer.update_keys(inputs(50))
+    before = buffers(layer)
+    layer.update_keys(inputs(*shape))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.named_buffers())
+
+
+def test_a_bf16_layer_computes_its_keys_in_fp32():
+    half, wide = (bottleneck(torch.float32).bfloat16() for _ in range(2))
+    wide, x = wide.float(), inputs(1000, dtype=torch.bfloat16)
+    for layer, batch in ((half, x), (wide, x.float())):
+        layer.update_keys(batch, generator=torch.Generator().manual_seed(0))
+    for name, tensor in buffers(wide).items():
+        assert torch.equal(getattr(half, name), tensor.bfloat16()), name
+
+
 def test_keys_and_their_averages_are_saved():
     layer = bottleneck()
     layer.update_keys(inputs(50))

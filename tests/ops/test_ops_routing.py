@@ -44,6 +44,15 @@ def packing_of(size, seed=0):
     return pack(routes_of(size, seed).memory, size[2], multiple=MULTIPLE)
 
 
+@pytest.mark.parametrize("shape", [(2, 0, 3), (0, 4, 3)], ids=str)
+def test_without_tokens_losses_and_telemetry_are_zero(shape):
+    logits = torch.zeros(shape, requires_grad=True)
+    routes = route(logits, 2)
+    for value in (balance_loss(routes), z_loss(logits), *router_telemetry(routes).values()):
+        assert value == 0
+    assert not load(routes).any()
+
+
 def sent(token, memory):
     """A probability of nearly one for a memory."""
     return torch.nn.functional.one_hot(torch.tensor(token), memory).double() * 20

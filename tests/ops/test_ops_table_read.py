@@ -1,6 +1,8 @@
 """What is peculiar to reads of a table: gradients by row, precision, and what calls look like."""
 
 import inspect
+import runpy
+import warnings
 
 import pytest
 import torch
@@ -315,3 +317,33 @@ def test_autocast_leaves_precision_alone():
     with torch.autocast("cpu", torch.bfloat16):
         y = sum_rows(table, rows, weights)
     assert relative_error(y, sum_rows_naive(table.double(), rows, weights.double())) < 1e-6
+
+
+class _Calls(TorchDispatchMode):
+    """Counts library calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_importing_computes_nothing():
+    with _Calls() as calls:
+        runpy.run_path(kernels.__file__)
+    assert calls.count == 0
+
+
+def test_nothing_is_said_of_sparse_matrices():
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # not only the first time in a process
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            dot_rows(normal(9, 4), indices(9, 3, 2), normal(3, 4))
+    finally:
+        torch.set_warn_always(before)
+    assert not said
