@@ -6,7 +6,6 @@ linear head and a small MLP learn the same features in the same order. Each is a
 classes at once, which is what it could know if it forgot nothing.
 """
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -21,8 +20,7 @@ from torch.nn import functional as F
 
 from harness.cli import report_errors
 from layers import DiscreteKeyValueBottleneck, TableOptions
-from scripts.reporting.measured import mean_and_spread, measured
-from scripts.reporting.page import place
+from scripts.reporting.measured import mean_and_spread, measured, parsed, publish
 from tasks.streams import ClassIncremental, Labelled
 
 CODEBOOKS, KEYS, KEY_DIM = 64, 256, 4
@@ -151,13 +149,7 @@ def learn(name: str, seed: int, sizes: Sizes) -> Outcome:
 
 def run(arguments: Sequence[str]) -> None:
     """Trains, and prints the table or puts it into a file."""
-    parser = argparse.ArgumentParser(
-        prog="python scripts/class_incremental.py", description=__doc__
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, metavar="FILE.md", help="put the table there")
-    parser.add_argument("--name", default="dkvb", help="of the table, in the file's markers")
-    asked = parser.parse_args(arguments)
+    asked = parsed(arguments, script="class_incremental.py", description=__doc__, name="dkvb")
     sizes = Sizes()
     rows = [_row(name, [learn(name, seed, sizes) for seed in asked.seeds]) for name in LEARNERS]
     remarks = [
@@ -169,10 +161,7 @@ def run(arguments: Sequence[str]) -> None:
         f"over {sizes.unlabelled:,} features of other classes. Unused: percent of keys that no "
         "training example is nearest to.",
     ]
-    report = measured(rows, remarks, asked.seeds)
-    if asked.out:
-        place(report, asked.out, asked.name)
-    print(report)
+    publish(measured(rows, remarks, asked.seeds), asked)
 
 
 def _start(

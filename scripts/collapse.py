@@ -1,11 +1,11 @@
 """Shows when product keys leave most of a table unused: no query norm, LayerNorm, BatchNorm.
 
 A product-key memory alone learns 512 inputs by heart, each with one of 64 classes. Inputs are
-isotropic, share a direction (a common mean), or lie near a subspace besides. Every run learns its
-inputs, so accuracy does not reveal the collapse; the use of the rows does.
+isotropic, share a direction (a common mean), or lie near a subspace besides. Every memory learns
+its inputs, so accuracy does not reveal the collapse; the use of the rows does. The control is a
+dense layer of as many operations, which learns them as well, those near a subspace more slowly.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from harness.cli import report_errors
-from layers import ProductKeyMemory, TableOptions, metering
-from scripts.reporting.measured import mean_and_spread, measured
-from scripts.reporting.page import place
+from layers import MLP, Layer, ProductKeyMemory, TableOptions, metering
+from scripts.reporting.measured import mean_and_spread, measured, parsed, publish
 
 WIDTH, INPUTS, CLASSES = 64, 512, 64
 NORMS = ("none", "layer", "batch")
+SUB_KEYS, HEADS, TOP_K = 32, 4, 8
+HIDDEN = 112  # of the control: 14,336 products, as of the memory's query map, sub-keys and rows
 STEPS, LR, TABLE_LR = 400, 3e-3, 1e-2
 MEAN = 7.0  # of each channel of the common direction, in standard deviations of the rest
 RANK = 8  # of the subspace
@@ -61,63 +62,90 @@ INPUT_KINDS = ("isotropic", "common mean", "low rank + mean")
 
 
 def trained(kind: str, norm: str, seed: int, steps: int = STEPS) -> Collapse:
-    """One run: 32 x 32 rows, four heads of eight, the values' learning rate above the keys'."""
-    generator = torch.Generator().manual_seed(seed)
-    x, y = inputs(kind, generator)[:, None], torch.randint(CLASSES, (INPUTS,), generator=generator)
-    torch.manual_seed(seed)
-    memory = ProductKeyMemory(
+    """One run of a memory, the values' learning rate above the keys'."""
+    x, y = _examples(kind, seed)
+    learner = memory(norm)
+    groups = [
+        {"params": learner.keys.parameters(), "lr": LR},
+        {"params": learner.values.parameters(), "lr": TABLE_LR},
+    ]
+    before = _use(learner, x)
+    accuracy = _fit(learner, torch.optim.Adam(groups), x, y, steps)
+    return Collapse(before, _use(learner, x), accuracy)
+
+
+def trained_control(kind: str, seed: int, steps: int = STEPS) -> float:
+    """What a dense layer makes of the same inputs: its accuracy, for it has no rows to use."""
+    x, y = _examples(kind, seed)
+    learner = control()
+    return _fit(learner, torch.optim.Adam(learner.parameters(), LR), x, y, steps)
+
+
+def memory(norm: str) -> ProductKeyMemory:
+    """32 x 32 rows, four heads of eight."""
+    return ProductKeyMemory(
         WIDTH,
-        heads=4,
-        top_k=8,
-        sub_keys=32,
+        heads=HEADS,
+        top_k=TOP_K,
+        sub_keys=SUB_KEYS,
         value_dim=CLASSES,
         query_norm=norm,  # type: ignore[arg-type]
         gate="none",
         table=TableOptions(update="dense"),
     )
-    groups = [
-        {"params": memory.keys.parameters(), "lr": LR},
-        {"params": memory.values.parameters(), "lr": TABLE_LR},
-    ]
-    optimizer = torch.optim.Adam(groups)
-    before = _use(memory, x)
+
+
+def control() -> MLP:
+    """A dense layer of as many operations; its width is the number of classes."""
+    return MLP(WIDTH, expand=HIDDEN / WIDTH)
+
+
+def _examples(kind: str, seed: int) -> tuple[Tensor, Tensor]:
+    """Inputs and classes; parameters made next follow from the seed as well."""
+    generator = torch.Generator().manual_seed(seed)
+    x = inputs(kind, generator)[:, None]
+    torch.manual_seed(seed)
+    return x, torch.randint(CLASSES, (INPUTS,), generator=generator)
+
+
+def _fit(
+    learner: Layer, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, steps: int
+) -> float:
+    """Trains on all inputs at once, and returns the accuracy on them."""
     for _ in range(steps):
         optimizer.zero_grad()
-        F.cross_entropy(memory(x).y[:, 0], y).backward()
+        F.cross_entropy(learner(x).y[:, 0], y).backward()
         optimizer.step()
     with torch.no_grad():
-        accuracy = float((memory(x).y[:, 0].argmax(-1) == y).double().mean())
-    return Collapse(before, _use(memory, x), accuracy)
+        return float((learner(x).y[:, 0].argmax(-1) == y).double().mean())
 
 
-def _use(memory: ProductKeyMemory, x: Tensor) -> dict[str, float]:
+def _use(learner: ProductKeyMemory, x: Tensor) -> dict[str, float]:
     with torch.no_grad(), metering() as meter:
-        memory(x)
-    return meter.by_layer(memory)[""].metrics()
+        learner(x)
+    return meter.by_layer(learner)[""].metrics()
 
 
 def run(arguments: Sequence[str]) -> None:
     """Measures, and prints the table or puts it into a file."""
-    parser = argparse.ArgumentParser(prog="python scripts/collapse.py", description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, metavar="FILE.md", help="put the table there")
-    parser.add_argument("--name", default="collapse", help="of the table, in the file's markers")
-    asked = parser.parse_args(arguments)
-    rows = [
-        _row(kind, norm, [trained(kind, norm, seed) for seed in asked.seeds])
-        for kind in INPUT_KINDS
-        for norm in NORMS
-    ]
+    asked = parsed(arguments, script="collapse.py", description=__doc__, name="collapse")
+    rows = []
+    for kind in INPUT_KINDS:
+        for norm in NORMS:
+            rows.append(_row(kind, norm, [trained(kind, norm, seed) for seed in asked.seeds]))
+        accuracies = [trained_control(kind, seed) for seed in asked.seeds]
+        names = {"inputs": kind, "query norm": "(dense control)"}
+        rows.append(
+            dict.fromkeys(rows[0], "") | names | {"accuracy": mean_and_spread(accuracies, 3)}
+        )
     remarks = [
         f"Usage and top-1 usage: percent of the 1,024 rows read by any of {INPUTS} inputs, and "
         "read as the best of a head; KL in nats of reads from even.",
-        f"{STEPS} steps of Adam on all inputs at once, {LR} for keys and queries, {TABLE_LR} "
-        "for values.",
+        f"{STEPS} steps of Adam on all inputs at once, {LR} for keys, queries and the control, "
+        f"{TABLE_LR} for values.",
+        f"The control is an MLP {WIDTH} to {HIDDEN} to {CLASSES}, of as many operations.",
     ]
-    report = measured(rows, remarks, asked.seeds)
-    if asked.out:
-        place(report, asked.out, asked.name)
-    print(report)
+    publish(measured(rows, remarks, asked.seeds), asked)
 
 
 def _row(kind: str, norm: str, runs: Sequence[Collapse]) -> dict[str, str]:

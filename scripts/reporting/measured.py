@@ -1,11 +1,39 @@
 """A table of figures that a program of its own measured, with where they came from."""
 
+import argparse
 import statistics
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from harness.provenance import provenance
+from scripts.reporting.page import place
+
+
+def parsed(
+    arguments: Sequence[str], *, script: str, description: str | None, name: str
+) -> argparse.Namespace:
+    """The options of a program that measures several seeds: `seeds`, `out` and `name`.
+
+    Args:
+        arguments: what was typed.
+        script: its file.
+        description: for `--help`.
+        name: of the table, if no other is given.
+    """
+    parser = argparse.ArgumentParser(prog=f"python scripts/{script}", description=description)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, metavar="FILE.md", help="put the table there")
+    parser.add_argument("--name", default=name, help="of the table, in the file's markers")
+    return parser.parse_args(arguments)
+
+
+def publish(report: str, asked: argparse.Namespace) -> None:
+    """Puts a report between the markers of `asked.name` in `asked.out`, if given, and prints it."""
+    if asked.out:
+        place(report, asked.out, asked.name)
+    print(report)
 
 
 def measured(

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from layers import (
+    LAYERS,
     BlockFFN,
     ChunkMixtureOfExperts,
     ChunkState,
@@ -17,7 +18,7 @@ from layers import (
 )
 from models.language_model import LanguageModel
 from ops.routing import route
-from tests.helpers import assert_close
+from tests.helpers import assert_close, assert_order_of_tokens_means_nothing, mean_square
 
 D = 16
 
@@ -177,6 +178,14 @@ def test_no_token_changes_another_by_a_bit(make, dtype):
             others[1, token] = False
             assert torch.equal(after[others], before[others])
             assert not torch.equal(after[1, token], before[1, token])
+
+
+@pytest.mark.parametrize(
+    ("name", "example"),
+    [(n, e) for n in ("MixtureOfExperts", "BlockFFN") for e in LAYERS[n].examples],
+)
+def test_order_of_tokens_means_nothing(name, example):
+    assert_order_of_tokens_means_nothing(name, example)
 
 
 @pytest.mark.parametrize("make", [mixture, block])
@@ -362,12 +371,23 @@ def test_its_output_maps_are_scaled_with_depth(cls):
     assert scaled[0].std().item() == pytest.approx(plain.std().item() / 3, rel=0.1)
 
 
+@pytest.mark.parametrize("width", [32, 64, 128])
 @pytest.mark.parametrize("cls", [MixtureOfExperts, BlockFFN])
-def test_the_output_has_the_variance_of_a_dense_layer(cls):
+def test_outputs_start_at_the_scale_that_the_init_means(cls, width):
+    """Maps into and out of an expert and the router's have a gain of 1/3; experts add as squares.
+
+    BlockFFN's gates have squares that add up to E, and its output maps are smaller by sqrt(E).
+    """
     torch.manual_seed(0)
-    x = torch.randn(4, 64, 64)
-    dense_std = SwiGLU(64)(x).y.std().item()
-    assert 0.4 * dense_std < cls(64)(x).y.std().item() < 2.5 * dense_std
+    expected = mean_square(F.silu, std=3**-0.5) / 3
+    if cls is MixtureOfExperts:
+        logits = torch.randn(20_000, 8) / 3**0.5
+        weights = logits.topk(2).values.softmax(-1)
+        expected *= weights.square().sum(-1).mean().item() / 3
+    x = torch.randn(4, 64, width)
+    with torch.no_grad():
+        squares = [cls(width)(x).y.square().mean() for _ in range(6)]
+    assert torch.stack(squares).mean().sqrt().item() == pytest.approx(expected**0.5, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from layers import SwiGLU, TableOptions, TuckerScores, UltraMem, UltraMemV2, bin
 from layers.ultra_mem import QUERY_PER_RANK, matched_std
 from layers.ultra_mem_keys import TuckerKeys, VirtualSlots, unevenness
 from ops.tucker import Leading, leading_vectors
+from tests.helpers import assert_parameter_gradients_are_right
 
 DENSE = TableOptions(update="dense")
 both = pytest.mark.parametrize("cls", [UltraMem, UltraMemV2])
@@ -157,6 +158,32 @@ def test_tail_loss_is_small_cores_away_from_rank_one():
     assert not small(UltraMemV2)(normal(1, 3, 16)).aux
 
 
+@pytest.mark.parametrize("cores", [1, 2])
+def test_rows_and_losses_under_autocast_are_those_of_full_precision(cores):
+    keys = make_keys(64, top_k=16, sub_keys=40, cores=cores, tail_loss=1.0, balance_loss=1.0)
+    with torch.no_grad():
+        keys.cores.add_(torch.eye(2))  # a tail that costs something
+    keys, x = keys.float(), normal(4, 100, 64).float()
+    exact = keys(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = keys(x)
+    assert torch.equal(mixed.rows, exact.rows)
+    assert torch.equal(mixed.scores, exact.scores)
+    for name, loss in exact.losses.items():
+        assert mixed.losses[name].dtype == torch.float32
+        assert loss > 0
+        assert torch.equal(mixed.losses[name], loss)
+
+
+@both
+@pytest.mark.parametrize("expansion", [1, 4])
+def test_it_can_be_built_where_there_are_no_numbers(cls, expansion):
+    with torch.device("meta"):
+        layer = cls(16, sub_keys=8, expansion=expansion)
+        assert layer(torch.zeros(2, 5, 16)).y.shape == (2, 5, 16)
+    assert all(tensor.is_meta for tensor in layer.state_dict().values())
+
+
 def test_unevenness_is_one_for_even_use_and_more_for_any_other():
     even = torch.zeros(2, 4, 3)
     every = torch.arange(3).repeat(2, 4, 1)
@@ -267,3 +294,17 @@ def test_scoring_options_are_checked():
         TuckerScores(rank=0)
     with pytest.raises(ValueError, match="balance_loss must be 0 or more"):
         TuckerScores(balance_loss=-1.0)
+
+
+@both
+@pytest.mark.parametrize("cores", [1, 2])
+def test_gradients_of_parameters_are_right_where_small_changes_choose_the_same_rows(cls, cores):
+    scoring = TuckerScores(cores=cores, query_per_rank=True)
+    layer, x = small(cls, top_k=8, value_dim=8, scoring=scoring), normal(1, 4, 16, seed=3)
+    with torch.no_grad():
+        for norm in (layer.keys.query_norm, layer.keys.key_norm):
+            norm.weight += 0.1 * normal(*norm.weight.shape, seed=5)
+    assert layer.keys.side <= 8, "all sub-keys survive, and only the sums of pairs choose"
+    best = all_scores(layer.keys, x).sum(3).flatten(-2).topk(9).values
+    assert (best[..., -2] - best[..., -1]).min() > 1e-3
+    assert_parameter_gradients_are_right(layer, x)
