@@ -44,7 +44,7 @@ LENGTH = 13
 
 
 @every_layer
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     batch=st.integers(1, 3),
     length=st.integers(1, 150),

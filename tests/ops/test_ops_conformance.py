@@ -106,7 +106,7 @@ def test_no_state_is_a_state_of_zeros(case):
 
 
 @pytest.mark.parametrize("case", STATEFUL_FORMS, ids=ident)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_any_split_of_the_sequence_gives_the_same(case, data):
     name, form = case
