@@ -134,7 +134,7 @@ def _product_keys(sub_keys: int) -> Contenders:
 
 
 def _experts(sub_keys: int) -> Contenders:
-    """Experts of one neuron; theirs with the paper's scores, which are not its default."""
+    """Experts of one neuron; theirs, one model, with the paper's scores (not its default)."""
     torch.manual_seed(0)
     ours = PEER(
         WIDTH,
@@ -158,7 +158,9 @@ def _experts(sub_keys: int) -> Contenders:
         num_experts_per_head=TOP_K,
         non_competing_scores=False,
     )
-    yield "PEER-pytorch, fused Adam", theirs, torch.optim.Adam(theirs.parameters(), fused=True)
+    for fused in (False, True):  # the plain one table by table: 20 GiB are enough for all this
+        optimizer = torch.optim.Adam(theirs.parameters(), fused=fused, foreach=False)
+        yield f"PEER-pytorch, {'fused ' if fused else ''}Adam", theirs, optimizer
 
 
 def _ours(model: nn.Module) -> torch.optim.Optimizer:
