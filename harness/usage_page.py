@@ -19,15 +19,19 @@ DECADES = 6  # below the largest share, which the picture shows
 
 
 def print_usage(usage: Mapping[str, Usage]) -> None:
-    """A table with a row per layer."""
+    """A table with a column per layer."""
     table = Table(title="use of the rows of tables", title_justify="left")
-    table.add_column("layer")
-    figures = {layer: found.metrics() for layer, found in usage.items()}
-    for name in next(iter(figures.values())):
-        table.add_column(name, justify="right")
-    for layer, row in figures.items():
-        table.add_row(layer, *(f"{value:,.4g}" for value in row.values()))
+    table.add_column("")
+    for layer in usage:
+        table.add_column(layer, justify="right", overflow="fold")
+    figures = [found.metrics() for found in usage.values()]
+    for name in figures[0]:
+        table.add_row(name, *(_number(row[name]) for row in figures))
     Console().print(table)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def write_usage(folder: Path, usage: Mapping[str, Usage], title: str) -> list[Path]:
