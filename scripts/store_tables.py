@@ -35,8 +35,7 @@ from layers.quantised_rows import TableFile, TableFileError
 from layers.stored_table import Reads, StoredTable, replace_tables, store_tables
 from layers.table import Table
 from models import LanguageModel
-from scripts.reporting.measured import measured
-from scripts.reporting.page import place
+from scripts.reporting.measured import measured, publish
 from tasks.base import EvalSplit, Task
 
 MODEL = "model.ckpt"  # beside the tables: the rest of the model, and the checksum of each table
@@ -225,9 +224,7 @@ def run(arguments: Sequence[str]) -> None:
     config = checkpoint_config(read_checkpoint(checkpoint))
     task: Task = build(config["task"])
     report = measured(_rows(served, task, asked.split), _remarks(served, asked), [config["seed"]])
-    if asked.out:
-        place(report, asked.out, asked.name)
-    print(report)
+    publish(report, asked)
 
 
 def _verify(folders: Sequence[Path], directory: RunDirectory) -> None:

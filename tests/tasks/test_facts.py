@@ -354,6 +354,7 @@ def test_a_run_that_draws_the_counted_batches_may_start(trainer):
     task = small()
     task.trainer = trainer and trainer_of(*trainer)
     task.setup("fit")
+    assert int(task.told.exposures.sum()) == 20 * task.batch_size
 
 
 @pytest.mark.parametrize(("trainer", "drawn"), [((20, 2, 1), 40), ((20, 1, 2), 40), ((6, 1, 1), 6)])
