@@ -15,6 +15,7 @@ from layers.gated_convolution import GatedConvolution
 from layers.gated_delta_net import GatedDeltaNet
 from layers.gated_linear_attention import GatedLinearAttention
 from layers.gated_memory_unit import GatedMemoryUnit
+from layers.hierarchical_ffn import HierarchicalFFN
 from layers.linear_attention import LinearAttention
 from layers.long_conv import LongConv
 from layers.mamba import Mamba
@@ -23,6 +24,16 @@ from layers.matrix_memory import MatrixMemory, MatrixState, Operands
 from layers.memory_as_context import MemoryAsContext
 from layers.memory_as_gate import MemoryAsGate
 from layers.memory_as_layer import MemoryAsLayer
+from layers.memory_bank import (
+    GENERIC,
+    Bank,
+    BankOptions,
+    BankReader,
+    BankShape,
+    Fetched,
+    MemoryBank,
+    bind_bank,
+)
 from layers.mixture_of_experts import MixtureOfExperts
 from layers.mixture_of_memories import MixtureOfMemories, MixtureState
 from layers.peer import PEER
@@ -35,6 +46,7 @@ from layers.protocol import (
     Output,
     Policy,
     Recipe,
+    RoutedLayer,
     SavingLayer,
     State,
     detach_state,
@@ -45,6 +57,7 @@ from layers.protocol import (
     require_at_least,
     save_state,
     select_state,
+    start_state,
     state_tensors,
 )
 from layers.registry import LAYERS, Entry, register

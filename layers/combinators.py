@@ -6,26 +6,36 @@ state of a combinator is the tuple of its parts' states, in order.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from layers.feed_forward import MLP
 from layers.gated_convolution import GatedConvolution
-from layers.protocol import Layer, LayerList, Output, Recipe, State, join_aux
+from layers.protocol import (
+    Layer,
+    LayerList,
+    Output,
+    Recipe,
+    RoutedLayer,
+    State,
+    join_aux,
+    start_state,
+)
 from layers.registry import register
 
 
-class _Composite(Layer):
+class _Composite(RoutedLayer):
     """What combinators share: parts, and a state and a size that are those of the parts."""
 
     def __init__(self, parts: Sequence[Layer]) -> None:
         super().__init__()
         self.parts = LayerList(parts)
 
-    def init_state(self, batch_size: int) -> State:
+    def init_state(self, batch_size: int, route: Any = None) -> State:
         """One state per part."""
-        return tuple(part.init_state(batch_size) for part in self.parts)
+        return tuple(start_state(part, batch_size, route) for part in self.parts)
 
     def state_size(self, seq_len: int) -> int:
         """The sum over the parts."""

@@ -119,6 +119,27 @@ class Memory(Layer):
         raise TypeError(f"{type(self).__name__} does not define recall")
 
 
+class RoutedLayer(Layer):
+    """A layer that reads blocks fetched for each sequence, or that may hold such layers."""
+
+    def init_state(self, batch_size: int, route: Any = None) -> State:
+        """The state before the first token.
+
+        Args:
+            batch_size: B.
+            route: `[B]` leaves of a memory bank's tree, or what was fetched for them; None where
+                nobody knows. Layers that read no bank pass it on.
+        """
+        return None
+
+
+def start_state(layer: Layer, batch_size: int, route: Any = None) -> State:
+    """A layer's state before the first token, with the route if it is one that can use it."""
+    if isinstance(layer, RoutedLayer):
+        return layer.init_state(batch_size, route)
+    return layer.init_state(batch_size)
+
+
 @runtime_checkable
 class SavingLayer(Protocol):
     """A layer that can hand on what it read, before its own gate and output projection.

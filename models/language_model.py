@@ -10,16 +10,23 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from layers import (
+    Bank,
+    Fetched,
+    HierarchicalFFN,
     Layer,
     LayerList,
+    MemoryBank,
     Output,
     Recipe,
     Residual,
     Sequential,
     State,
+    bind_bank,
     bind_shared_tables,
     join_aux,
+    start_state,
 )
+from layers.hierarchical_ffn import shape_of
 from layers.table import NamedTables
 
 EMBEDDING_STD = 0.02  # GPT-2's; with a tied head it keeps the first logits near zero
@@ -33,7 +40,8 @@ class LanguageModel(nn.Module):
     obeys the split rule of its layers: feeding a sequence in pieces with the state carried gives
     the logits of feeding it whole.
 
-    Tables that layers share by name belong to the model: `tables` holds each once.
+    Tables that layers share by name belong to the model: `tables` holds each once. So does the
+    memory bank that its `HierarchicalFFN` layers read: `bank`, None if there are none.
 
     Args:
         d_model: width D of the residual stream.
@@ -50,8 +58,8 @@ class LanguageModel(nn.Module):
     does not grow with depth (as GPT-2 does).
 
     Raises:
-        ValueError: the pattern holds no layer, n_layers is below 1, or layers that share a table
-            ask for different ones.
+        ValueError: the pattern holds no layer, n_layers is below 1, or layers that share a table or
+            the bank ask for different ones.
     """
 
     def __init__(
@@ -76,6 +84,8 @@ class LanguageModel(nn.Module):
             _block(d_model, blocks[i % len(blocks)], dropout) for i in range(n_layers)
         )
         self.tables = NamedTables(bind_shared_tables(self.blocks))
+        self.bank: Bank | None = None
+        self._make_bank(d_model)
         self.norm = nn.RMSNorm(d_model)
         self.head = None if tie_embeddings else nn.Linear(d_model, vocab_size, bias=False)
         self._init_weights()
@@ -100,9 +110,32 @@ class LanguageModel(nn.Module):
         logits = F.linear(self.norm(x), weight)
         return Output(logits, tuple(kept) if keep_state else None, join_aux(auxes))
 
-    def init_state(self, batch_size: int) -> State:
-        """The state before the first token."""
-        return tuple(block.init_state(batch_size) for block in self.blocks)
+    def init_state(self, batch_size: int, route: Int[Tensor, " b"] | None = None) -> State:
+        """The state before the first token.
+
+        Args:
+            batch_size: B.
+            route: a leaf of the bank's tree for each sequence, whose blocks are fetched once for
+                all layers; -1, or no route at all, fetches the generic block. A model without a
+                bank has no use for it.
+        """
+        fetched = None
+        if self.bank is not None and route is not None:
+            fetched = Fetched(self.bank.fetch(route))
+        return tuple(start_state(block, batch_size, fetched) for block in self.blocks)
+
+    def use_bank(self, bank: Bank) -> None:
+        """Reads another bank from now on, such as one that lies on disk (`models.bank`).
+
+        Raises:
+            ValueError: the model has no bank, or this one has other sizes.
+        """
+        if self.bank is None:
+            raise ValueError("no layer of this model reads a bank; one with ffn=bank does")
+        if bank.shape != self.bank.shape:
+            raise ValueError(f"the model reads a bank of {self.bank.shape}; this is {bank.shape}")
+        self.bank = bank
+        bind_bank([layer.reader for layer in self._readers()], bank)
 
     def state_size(self, seq_len: int) -> int:
         """Scalars of state per sequence after `seq_len` tokens, over all layers."""
@@ -114,6 +147,16 @@ class LanguageModel(nn.Module):
         embedding = self.embedding.weight if self.head is None else self.embedding.weight[:1]
         own = embedding.numel() + sum(p.numel() for p in ends)
         return own + sum(block.active_parameters() for block in self.blocks)
+
+    def _readers(self) -> list[HierarchicalFFN]:
+        return [layer for layer in self.blocks.modules() if isinstance(layer, HierarchicalFFN)]
+
+    def _make_bank(self, d_model: int) -> None:
+        """One bank for all layers that read one."""
+        readers = self._readers()
+        if readers:
+            self.bank = MemoryBank(shape_of(readers), d_model, readers[0].options)
+            bind_bank([layer.reader for layer in readers], self.bank)
 
     def _through(self, block: Layer, x: Tensor, state: State, keep_state: bool) -> Output:
         if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
