@@ -6,7 +6,7 @@ or configuration.
 """
 
 from tasks.base import Batch, Task
-from tasks.facts import ZipfFacts
+from tasks.facts import LibraryOptions, RareFacts, RoutingOptions, ZipfFacts
 from tasks.recall import MQAR, ForgettingMQAR, Needle, RecallMixture
 from tasks.streams import ClassIncremental
 from tasks.text import (
@@ -23,9 +23,12 @@ __all__ = [
     "ByteTokenizer",
     "ClassIncremental",
     "ForgettingMQAR",
+    "LibraryOptions",
     "LocalFiles",
     "Needle",
+    "RareFacts",
     "RecallMixture",
+    "RoutingOptions",
     "SentencePieceTokenizer",
     "StandardLibrary",
     "Task",

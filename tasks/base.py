@@ -38,6 +38,8 @@ class Task(LightningDataModule, ABC):
         monitor_mode: whether a larger (`"max"`) or a smaller (`"min"`) value is better.
         continues: whether each evaluation batch continues the sequences of the one before, so
             that a model's state may be carried over; if not, examples are independent.
+        leaves: routes of batches are below this number, that of a memory bank's leaves; None if
+            batches have no routes.
 
     Args:
         vocab_size: token ids are in `[0, vocab_size)`.
@@ -50,6 +52,7 @@ class Task(LightningDataModule, ABC):
     monitor: str
     monitor_mode: Literal["min", "max"]
     continues: bool = False
+    leaves: int | None = None
 
     def __init__(self, *, vocab_size: int, seq_len: int, batch_size: int, seed: int) -> None:
         super().__init__()
@@ -89,6 +92,14 @@ class Task(LightningDataModule, ABC):
 
     def keep_vocabulary(self, folder: Path) -> None:
         """Puts into a run's folder what other text needs to be given the same ids, if anything."""
+
+    @property
+    def router(self) -> str | None:
+        """The hash of the router whose routes training batches have; None if no router made them.
+
+        A memory bank is only of use under the routes that it was trained with.
+        """
+        return None
 
     def references(self, split: EvalSplit) -> dict[str, float]:
         """What `monitor` is for solvers that anyone can name, to hold a model's score against."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -100  # the default `ignore_index` of torch's cross entropy, so no loss needs telling
+NO_ROUTE = -1  # the route of an example without a trustworthy one: the generic block
 
 
 class Batch(NamedTuple):
@@ -24,11 +25,14 @@ class Batch(NamedTuple):
         targets: `[B, T]` int64, token ids, `IGNORE` where nothing is scored.
         slices: name to `[B]` (one value per example) or `[B, T]` (one per position) int64:
             the groups a scored target is counted in.
+        route: `[B]` int64, which leaf of a memory bank each example reads: from 0, or `NO_ROUTE`
+            for the generic block; None for a task that gives no routes.
     """
 
     inputs: Tensor
     targets: Tensor
     slices: dict[str, Tensor]
+    route: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ def cut(examples: Batch, size: int) -> Iterator[Batch]:
     for start in range(0, len(examples.inputs), size):
         part = slice(start, start + size)
         slices = {name: values[part] for name, values in examples.slices.items()}
-        yield Batch(examples.inputs[part], examples.targets[part], slices)
+        route = None if examples.route is None else examples.route[part]
+        yield Batch(examples.inputs[part], examples.targets[part], slices, route)
 
 
 def unscored(batch: Batch) -> Batch:

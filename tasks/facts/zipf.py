@@ -3,26 +3,21 @@
 S subjects, R relations, O objects, k letters in a subject's name.
 """
 
-import math
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from tasks.base import Batch, BatchSet, EvalSplit, Facts, Task
+from tasks.base import Batch, BatchSet, EvalSplit, Facts
+from tasks.facts.base import WORLD_STREAM, FactTask, Zipf, require_at_least_one, stream
 from tasks.facts.metrics import FactMetrics, Told
 from tasks.facts.world import PHASES, World, alphabet_for, make_world, tell
 from tasks.metrics import Metrics
 from tasks.recall.sampling import Ints
 
-# Random streams of their own, beside those of `tasks.base.STREAMS`.
-WORLD_STREAM, ORDER_STREAM = (3, 0), (3, 1)
 
-
-class ZipfFacts(Task):
+class ZipfFacts(FactTask):
     """S * R random facts to be learnt by heart: see `tell` for the sequences.
 
     Every example of a training batch is drawn by itself: a subject of rank i = 1 ... S with
@@ -60,8 +55,6 @@ class ZipfFacts(Task):
     """
 
     name = "facts"
-    monitor = "accuracy"
-    monitor_mode: Literal["min", "max"] = "max"
 
     def __init__(
         self,
@@ -77,19 +70,7 @@ class ZipfFacts(Task):
         batch_size: int = 1024,
         seed: int = 0,
     ) -> None:
-        counts = {
-            "subjects": subjects,
-            "relations": relations,
-            "subject_tokens": subject_tokens,
-            "counted_batches": counted_batches,
-        }
-        for label, count in counts.items():
-            if count < 1:
-                raise ValueError(f"{label} ({count}) must be at least 1")
-        if objects < 2:
-            raise ValueError(f"objects ({objects}) must be at least 2, or there is nothing to know")
-        if not offset > -1:
-            raise ValueError(f"offset ({offset}) must be above -1, as it is added to ranks from 1")
+        require_at_least_one(subjects=subjects, relations=relations, subject_tokens=subject_tokens)
         if second_phase_after is not None and not 0 < second_phase_after < counted_batches:
             raise ValueError(
                 f"second_phase_after ({second_phase_after}) must be from 1 to counted_batches - 1 "
@@ -97,6 +78,9 @@ class ZipfFacts(Task):
             )
         letters = subject_tokens * alphabet_for(subjects, subject_tokens)
         super().__init__(
+            zipf=Zipf(subjects, power, offset),
+            objects=objects,
+            counted_batches=counted_batches,
             vocab_size=1 + letters + relations + objects,
             seq_len=subject_tokens + 2,
             batch_size=batch_size,
@@ -104,46 +88,18 @@ class ZipfFacts(Task):
         )
         self.subjects = subjects
         self.relations = relations
-        self.objects = objects
-        self.power = power
-        self.offset = offset
-        self.counted_batches = counted_batches
         self.second_phase_after = second_phase_after
-
-    def setup(self, stage: str) -> None:
-        """Called by a trainer before it starts.
-
-        Raises:
-            ValueError: exposures are counted over other batches than it will draw.
-        """
-        super().setup(stage)
-        trainer = self.trainer
-        if stage != "fit" or trainer is None or trainer.max_steps < 0:
-            return
-        drawn = trainer.max_steps * trainer.accumulate_grad_batches * trainer.world_size
-        if drawn != self.counted_batches:
-            raise ValueError(
-                f"exposures are counted over {self.counted_batches} training batches, but the run "
-                f"draws {drawn}: {trainer.max_steps} (max_steps) * "
-                f"{trainer.accumulate_grad_batches} (accumulate_grad_batches) * "
-                f"{trainer.world_size} (processes); set task.counted_batches={drawn}"
-            )
 
     @property
     def phases(self) -> int:
         """How many phases training has."""
         return 1 if self.second_phase_after is None else PHASES
 
-    @property
-    def guess_level(self) -> float:
-        """Accuracy of guessing among all objects."""
-        return 1 / self.objects
-
     @cached_property
     def world(self) -> World:
         """All that is true, in both phases."""
         return make_world(
-            self._rng(WORLD_STREAM),
+            stream(self.seed, WORLD_STREAM),
             subjects=self.subjects,
             relations=self.relations,
             objects=self.objects,
@@ -151,27 +107,18 @@ class ZipfFacts(Task):
         )
 
     @cached_property
-    def odds(self) -> NDArray[np.float64]:
-        """`[S]`: how likely a training example is about the subject of each rank."""
-        ranks = np.arange(1, self.subjects + 1, dtype=np.float64)
-        weights = (ranks + self.offset) ** -self.power
-        return weights / weights.sum()
-
-    @cached_property
     def told(self) -> Told:
         """How training tells each fact of its phases, counted over `counted_batches`."""
         one_phase = self.subjects * self.relations
-        exposures = np.zeros(self.phases * one_phase, dtype=np.int64)
-        for index in range(self.counted_batches):
-            np.add.at(exposures, self.draw(index), 1)
-        odds = np.tile(np.repeat(self.odds / self.relations, self.relations), self.phases)
+        exposures = self.count_exposures(self.phases * one_phase)
+        odds = np.tile(np.repeat(self.zipf.odds / self.relations, self.relations), self.phases)
         phase = torch.arange(self.phases).repeat_interleave(one_phase)
         return Told(torch.from_numpy(exposures), torch.from_numpy(odds), phase)
 
     def draw(self, index: int) -> Ints:
         """The facts that training batch `index` tells, `[N]`."""
         rng = self.rng("train", index)
-        subject = np.searchsorted(self._cumulated, rng.random(self.batch_size), side="right")
+        subject = self.zipf.draw(rng, self.batch_size)
         second = self.second_phase_after is not None and index >= self.second_phase_after
         subject += self.subjects * second
         return subject * self.relations + rng.integers(self.relations, size=self.batch_size)
@@ -185,7 +132,7 @@ class ZipfFacts(Task):
 
         def batches() -> Iterator[Batch]:
             facts = self.phases * self.subjects * self.relations
-            order = self._rng(ORDER_STREAM).permutation(facts)
+            order = self.order(facts)
             for start in range(0, facts, self.batch_size):
                 yield tell(self.world, order[start : start + self.batch_size])
 
@@ -195,40 +142,10 @@ class ZipfFacts(Task):
         """A fresh accumulator."""
         return FactMetrics(self.told, range(self.vocab_size - self.objects, self.vocab_size))
 
-    @property
-    def dictionary_level(self) -> float:
-        """Accuracy of knowing all that was told and guessing the rest."""
-        shown = float((self.told.exposures > 0).double().mean())
-        return shown + (1 - shown) * self.guess_level
-
-    def references(self, split: EvalSplit) -> dict[str, float]:
-        """What `monitor` is for solvers that anyone can name, to hold a model's score against."""
-        return super().references(split) | {"a dictionary of what was told": self.dictionary_level}
-
     def facts(self) -> Facts:
         """What to record with a run, so that its numbers can be read later."""
-        count = len(self.told.exposures)
         return super().facts() | {
-            "dictionary_level": self.dictionary_level,
-            "facts": count,
-            "facts_told": int((self.told.exposures > 0).sum()),
-            "bits_per_fact": math.log2(self.objects),
-            "bits": count * math.log2(self.objects),
-            "subjects": self.subjects,
             "relations": self.relations,
-            "objects": self.objects,
-            "power": self.power,
-            "offset": self.offset,
             "subject_tokens": self.seq_len - 2,
-            "counted_batches": self.counted_batches,
             "second_phase_after": str(self.second_phase_after),
         }
-
-    @cached_property
-    def _cumulated(self) -> NDArray[np.float64]:
-        """`[S]`, the last of them exactly 1."""
-        sums = self.odds.cumsum()
-        return sums / sums[-1]
-
-    def _rng(self, key: tuple[int, int]) -> np.random.Generator:
-        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))

@@ -36,6 +36,15 @@ SMALL_TASK = {
     "needle_mix": (),
     "needle": SMALL_NEEDLE,
     "needle_number": SMALL_NEEDLE,
+    "rare_facts": (
+        "task.library.subjects=32",
+        "task.library.topics=4",
+        "task.library.objects=8",
+        "task.library.given_names=8",
+        "task.library.surnames=2",
+        "task.routing.components=16",
+        "task.batch_size=8",
+    ),
     "text": ("task.seq_len=32", "task.batch_size=2"),
     "text_sentencepiece": ("task.seq_len=32", "task.batch_size=2"),
 }

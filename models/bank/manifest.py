@@ -1,0 +1,185 @@
+"""What a bank folder says it holds, and what opening it checks."""
+
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from layers.memory_bank import BankShape
+from models.bank.errors import BankError
+from models.bank.journal import complete_edit
+from models.bank.layout import VERSION, Dtype, LevelLayout, levels_of, shape_from_json
+from models.bank.level_file import LevelFile, require_version
+
+MANIFEST = "manifest.json"
+_SHOWN = 12  # digits of a hash in a message
+_TRIES = 3  # of opening a bank that may be changing
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A bank is what its manifest says: files that it does not name are no part of it.
+
+    Attributes:
+        generation: which write of the bank this is; names its files.
+        shape: sizes.
+        dtype: of stored numbers.
+        router: hash of the router whose leaves the blocks were trained for; None if not known.
+        anchor: hash of the model that was trained with them; None if not known.
+        facts: of the caller, such as `{"step": 500}`; what JSON can hold.
+    """
+
+    generation: int
+    shape: BankShape
+    dtype: Dtype
+    router: str | None
+    anchor: str | None
+    facts: dict[str, Any]
+
+    @property
+    def levels(self) -> list[int]:
+        """The levels that have a file; 0 is the generic block."""
+        return levels_of(self.shape)
+
+    def layout(self, level: int) -> LevelLayout:
+        """Where the blocks of a level lie in its file."""
+        return LevelLayout(level, self.shape, self.dtype, self.router, self.anchor, self.generation)
+
+    def to_bytes(self) -> bytes:
+        """The file: JSON, with the files of all levels and a checksum of all other entries."""
+        layouts = [self.layout(level) for level in self.levels]
+        files = [{"name": layout.file_name, "bytes": layout.file_bytes} for layout in layouts]
+        fields = {"version": VERSION, **asdict(self), "files": files}
+        return json.dumps({**fields, "checksum": _checksum(fields)}, indent=2).encode()
+
+    @classmethod
+    def from_bytes(cls, path: Path, data: bytes) -> "Manifest":
+        """What a file says.
+
+        Raises:
+            BankError: it is damaged, or of another version.
+        """
+        try:
+            fields = json.loads(data)
+            require_version(path, fields)
+            if fields.pop("checksum") != _checksum(fields):
+                raise ValueError("its checksum is not that of its entries")
+            names = ("generation", "dtype", "router", "anchor", "facts")
+            given = {name: fields[name] for name in names}
+            return cls(shape=shape_from_json(fields["shape"]), **given)
+        except BankError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise BankError(
+                f"{path} is damaged or was changed by hand ({error}); write the bank again"
+            ) from error
+
+
+def read_manifest(
+    folder: Path, *, router: str | None = None, anchor: str | None = None
+) -> Manifest:
+    """What a bank holds. Completes an edit of it that a crash cut short (see `models.bank.edit`).
+
+    Args:
+        folder: of the bank.
+        router: hash of the router that will choose blocks; None does not compare.
+        anchor: hash of the model that will use them; None does not compare.
+
+    Raises:
+        BankError: there is no bank, its manifest is damaged or of another version, or it was
+            written for another router or anchor.
+    """
+    complete_edit(folder)
+    path = folder / MANIFEST
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise BankError(f"there is no memory bank in {folder}: it has no {MANIFEST}") from error
+    except OSError as error:
+        raise BankError(f"cannot read {path}: {error.strerror}") from error
+    manifest = Manifest.from_bytes(path, data)
+    _require_hash(folder, "router", manifest.router, router, "route with that router")
+    _require_hash(folder, "anchor", manifest.anchor, anchor, "use the weights of that anchor")
+    return manifest
+
+
+def open_level(folder: Path, manifest: Manifest, level: int) -> LevelFile:
+    """The file of a level.
+
+    Raises:
+        BankError: it is missing, cannot be used, or is not of this bank.
+    """
+    expected = manifest.layout(level)
+    file = LevelFile(folder / expected.file_name)
+    for name, value in asdict(expected).items():
+        found = asdict(file.layout)[name]
+        if found != value:
+            raise BankError(
+                f"{file.path} is not of this bank: its {name} is {found}, and that of "
+                f"{folder / MANIFEST} is {value}"
+            )
+    return file
+
+
+def open_levels(
+    folder: Path, *, router: str | None = None, anchor: str | None = None
+) -> tuple[Manifest, dict[int, LevelFile]]:
+    """A bank's manifest and the files of all its levels; as `read_manifest` otherwise.
+
+    A bank that is written or edited at the same moment may change between two of its files, and is
+    opened anew then.
+
+    Raises:
+        BankError: as `read_manifest` and `LevelFile`, or a file is missing or of another bank.
+    """
+    for _ in range(_TRIES - 1):
+        with suppress(BankError):
+            return _open_levels(folder, router, anchor)
+    return _open_levels(folder, router, anchor)
+
+
+def _open_levels(
+    folder: Path, router: str | None, anchor: str | None
+) -> tuple[Manifest, dict[int, LevelFile]]:
+    manifest = read_manifest(folder, router=router, anchor=anchor)
+    return manifest, {level: open_level(folder, manifest, level) for level in manifest.levels}
+
+
+def verify_bank(folder: Path) -> list[str]:
+    """Reads and checks every record of a bank; returns all problems, none of a sound one."""
+    try:
+        manifest = read_manifest(folder)
+    except BankError as error:
+        return [str(error)]
+    problems = []
+    for level in manifest.levels:
+        try:
+            file = open_level(folder, manifest, level)
+        except BankError as error:
+            problems.append(str(error))
+            continue
+        for node in range(file.layout.nodes):
+            try:
+                file.read(node)
+            except BankError as error:
+                problems.append(str(error))
+    return problems
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(fields, sort_keys=True).encode())
+
+
+def _require_hash(
+    folder: Path, what: str, found: str | None, given: str | None, remedy: str
+) -> None:
+    if given is None or found == given:
+        return
+    known = f"for the {what} {found[:_SHOWN]}" if found else f"without naming its {what}"
+    raise BankError(
+        f"the bank in {folder} was written {known}, and is used with {given[:_SHOWN]}; {remedy}, "
+        "or write a bank for this one"
+    )
