@@ -44,14 +44,21 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+def read_checkpoint(
+    path: Path, map_location: Any = "cpu", *, mapped: bool = False
+) -> dict[str, Any]:
     """Reads a checkpoint without executing anything that it holds.
+
+    Args:
+        path: of the file.
+        map_location: the device of its tensors.
+        mapped: leave tensors in the file until they are read; the file must then stay as it is.
 
     Raises:
         RunError: the file is missing, cut short, or not a checkpoint of this project.
     """
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
     except FileNotFoundError as error:
         others = sorted(p.name for p in path.parent.glob("*.ckpt"))
         hint = f"; there is {', '.join(others)}" if others else ""
@@ -94,11 +101,15 @@ def check_same_run(checkpoint: dict[str, Any], config: Config, path: Path) -> No
         )
 
 
+def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The model's weights in a checkpoint, by the names that the model gives them."""
+    weights = checkpoint["state_dict"]
+    return {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
+
+
 def load_weights(model: torch.nn.Module, checkpoint: dict[str, Any]) -> None:
     """Copies the model's weights out of a checkpoint."""
-    weights = checkpoint["state_dict"]
-    own = {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
-    model.load_state_dict(own)
+    model.load_state_dict(model_weights(checkpoint))
 
 
 def validates_after(trainer: Trainer, batches: int) -> bool:

@@ -18,6 +18,7 @@ from harness.checkpoints import checkpoint_config, checkpoint_vocabulary, read_c
 from harness.compose import CONFIG_DIR, compose_group, parse_overrides
 from harness.console import reference_line
 from harness.evaluation import Evaluation, FitError, check_fit, evaluate, lengthened, restore_model
+from harness.model_rules import NO_TABLE
 from harness.provenance import provenance
 from harness.run_directory import RunDirectory, RunError, find_run
 from harness.schema import check_config, check_options
@@ -31,7 +32,7 @@ from harness.telemetry import (
     record_trace,
     write_telemetry,
 )
-from harness.training import NO_TABLE, blaming
+from harness.training import blaming
 from harness.usage_page import print_usage, write_usage
 from layers import Usage, metering, reads_tables, with_shared_tables
 from models import LanguageModel

@@ -13,6 +13,7 @@ from harness.targets import resolve_target
 from harness.training import build_model
 from layers import State, detach_state, state_tensors
 from models import LanguageModel
+from models.lightning_module import state_before
 from tasks.base import Batch, EvalSplit, Task
 from tasks.metrics import Metrics
 
@@ -89,6 +90,11 @@ def check_fit(trained_on: str, model: LanguageModel, task: Task) -> None:
             f"the task {task.name!r} has the vocabulary {task.vocabulary[:12]!r}, the model was "
             f"trained on {trained_on[:12]!r}: it would read something else than is there"
         )
+    if model.bank is not None and task.leaves not in (None, model.bank.shape.leaves):
+        raise FitError(
+            f"routes of the task {task.name!r} lead to {task.leaves} leaves, and the bank of the "
+            f"model has {model.bank.shape.leaves}: the routes are of another tree"
+        )
 
 
 def evaluate(
@@ -140,8 +146,9 @@ def mixed_precision(device: torch.device, precision: str) -> torch.autocast:
 
 @torch.inference_mode()
 def _score(model: LanguageModel, batch: Batch, metrics: Metrics, state: State) -> State:
-    """Counts one batch and returns the state after it."""
+    """Counts one batch and returns the state after it; a fresh one reads the batch's routes."""
     device = next(model.parameters()).device
+    state = state_before(model, batch) if state is None else state
     logits, state, _ = model(batch.inputs.to(device), state)
     metrics.update(logits, Batch(batch.inputs, batch.targets.to(device), batch.slices))
     return detach_state(state)

@@ -86,7 +86,7 @@ def resume_run(where: str, others: Sequence[str] = ()) -> None:
     step = _resume_step(run, config)
     if run.read_summary().get("status") == "finished":
         raise RunError(f"the run in {run.path} has finished, after {step} steps")
-    prepared = prepare(config)
+    prepared = prepare(config, resumed=bool(step))
     _report(run, prepared, train(prepared, run, resume_step=step))
 
 

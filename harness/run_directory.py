@@ -76,6 +76,16 @@ class RunDirectory:
         return self.path / "telemetry"
 
     @property
+    def bank(self) -> Path:
+        """The files of the memory bank, if the model has one."""
+        return self.path / "bank"
+
+    @property
+    def router(self) -> Path:
+        """The router of training's routes, if a task has one."""
+        return self.path / "router"
+
+    @property
     def tokenizer(self) -> Path:
         """The vocabulary that the run learnt, if it learnt one."""
         return self.path / "tokenizer.model"

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
@@ -66,6 +66,11 @@ class Options:
         compile: run the model through torch.compile.
         checkpoint_every: updates between two writes of `last.ckpt`.
         usage: measure at each validation how evenly layers use the rows of their tables.
+        start_from: a run directory, for its best checkpoint, or a checkpoint, whose weights the
+            model starts with; a memory bank may be new. None for the model's own initialisation.
+        train_only: "bank" freezes all but the memory bank; None trains everything.
+        save_bank_every: updates between two writes of the memory bank's files; None writes them
+            when training ends.
     """
 
     seed: int = 0
@@ -74,16 +79,21 @@ class Options:
     compile: bool = False
     checkpoint_every: int = 100
     usage: bool = False
+    start_from: str | None = None
+    train_only: Literal["bank"] | None = None
+    save_bank_every: int | None = None
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        if self.checkpoint_every < 1 or self.seed < 0:
-            raise ConfigError(
-                [
-                    f"checkpoint_every ({self.checkpoint_every}) must be 1 or more and seed "
-                    f"({self.seed}) 0 or more"
-                ]
-            )
+        least = {"seed": 0, "checkpoint_every": 1, "save_bank_every": 1}
+        given = {name: getattr(self, name) for name in least}
+        problems = [
+            f"{name} ({value}) must be {least[name]} or more"
+            for name, value in given.items()
+            if value is not None and value < least[name]
+        ]
+        if problems:
+            raise ConfigError(problems)
 
 
 def check_config(config: Config, raw: Config | None = None) -> None:

@@ -1,16 +1,17 @@
 """One training run, from a checked config to a summary."""
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from harness.anchor import Anchor, freeze_all_but_bank, start_from
+from harness.bank_files import SaveBank
 from harness.build import build
 from harness.check import Config, ConfigError
 from harness.checkpoints import (
@@ -21,16 +22,15 @@ from harness.checkpoints import (
 )
 from harness.console import RunProgressBar, label, quiet_libraries, say
 from harness.loggers import Dashboard, MetricsFile, last_validation
+from harness.model_rules import check_model
 from harness.provenance import config_hash, provenance
 from harness.run_directory import RunDirectory
 from harness.schema import options
-from layers import reads_tables
+from harness.stopwatch import Stopwatch
 from models import Budget, LanguageModel, SequenceModule, budget
 from models.lightning_module import OptimizerFactory
 from models.parameter_groups import make_optimizer
 from tasks.base import Task
-
-NO_TABLE = "usage: no layer of this model reads a table; one with ffn=pkm does"
 
 
 @dataclass(frozen=True)
@@ -42,34 +42,45 @@ class Prepared:
         task: with its data prepared.
         model: at its initialisation.
         budget: what the model costs at the task's length.
+        anchor: whose weights the model starts with, if it does.
     """
 
     config: Config
     task: Task
     model: LanguageModel
     budget: Budget
+    anchor: Anchor | None = None
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, *, resumed: bool = False) -> Prepared:
     """Builds the task and the model of a checked config; writes nothing but the task's cache.
 
+    Args:
+        config: the checked config.
+        resumed: weights will come from the run's own checkpoint, so that no anchor is read.
+
     Raises:
-        ConfigError: values that do not go together, such as heads that do not divide the width, or
-            `usage` of a model without tables.
+        ConfigError: values that do not go together, such as heads that do not divide the width,
+            `usage` of a model without tables, or an anchor that is another model.
     """
+    chosen = options(config)
     with blaming("task"):
         task: Task = build(config["task"])
         task.prepare_data()
     with blaming("model"):
         model = build_model(config, task)
         costs = budget(model, task.seq_len)
-    if options(config).usage and not reads_tables(model):
-        raise ConfigError([NO_TABLE])
+    check_model(model, task, chosen)
+    anchor = None
+    if chosen.start_from is not None and not resumed:
+        anchor = start_from(chosen.start_from, model, task)
+    if chosen.train_only == "bank":
+        freeze_all_but_bank(model)
     with blaming("optimizer"):
         make_optimizer(model, _optimizer(config))
     with blaming("schedule"):
         build(config["schedule"])
-    return Prepared(config, task, model, costs)
+    return Prepared(config, task, model, costs, anchor)
 
 
 def build_model(config: Config, task: Task) -> LanguageModel:
@@ -111,7 +122,7 @@ def train(
         model.compile()
     try:
         with _loggers(config, run, resume_step) as loggers:
-            trainer = _trainer(config, run, task, loggers, callbacks)
+            trainer = _trainer(prepared, run, loggers, callbacks)
             trainer.fit(module, datamodule=task, ckpt_path=run.last if resume_step else None)
             unvalidated = not last_validation(run.metrics, trainer.global_step)
             if trainer.strategy.broadcast(unvalidated):  # all processes must agree
@@ -133,11 +144,21 @@ def _record_start(prepared: Prepared, run: RunDirectory, resume_step: int) -> No
     prepared.task.keep_vocabulary(run.path)
     run.write_summary(
         status="running",
+        **_start(prepared),
         seed=options(prepared.config).seed,
         config_hash=config_hash(prepared.config),
         budget=prepared.budget.as_dict(),
         **provenance(),
     )
+
+
+def _start(prepared: Prepared) -> dict[str, Any]:
+    """For the summary: whose weights were there before, and which were trained; often nothing."""
+    anchor, only = prepared.anchor, options(prepared.config).train_only
+    facts: dict[str, Any] = {} if only is None else {"train_only": only}
+    if anchor is not None:
+        facts["start_from"] = {"checkpoint": str(anchor.path), "step": anchor.step}
+    return facts
 
 
 @contextmanager
@@ -181,14 +202,18 @@ def _optimizer(config: Config) -> OptimizerFactory:
 
 
 def _trainer(
-    config: Config,
+    prepared: Prepared,
     run: RunDirectory,
-    task: Task,
     loggers: list[Logger],
     extra_callbacks: Sequence[Callback],
 ) -> Trainer:
-    checkpoints = Checkpoints(run, config, task=task, every=options(config).checkpoint_every)
-    callbacks = [*extra_callbacks, Stopwatch(), checkpoints, StopOnSignal(checkpoints)]
+    config, model, task = prepared.config, prepared.model, prepared.task
+    chosen = options(config)
+    checkpoints = Checkpoints(run, config, task=task, every=chosen.checkpoint_every)
+    callbacks = [*extra_callbacks, Stopwatch(), checkpoints]
+    if model.bank is not None:
+        callbacks.append(SaveBank(run, model, task, every=chosen.save_bank_every))
+    callbacks.append(StopOnSignal(checkpoints))  # after what saves, as it ends the run
     if config["trainer"].get("enable_progress_bar", True):
         callbacks.append(RunProgressBar(label(run.name)))
     with blaming("trainer"):
@@ -218,36 +243,6 @@ def _results(
         trained = module.tokens - watch.first_token
         results["tokens_per_second"] = round(trained / watch.seconds)
     return results
-
-
-class Stopwatch(Callback):
-    """Time spent training since the start or the resumption, validation left out."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.since = 0.0
-        self.first_token = 0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts."""
-        assert isinstance(pl_module, SequenceModule)
-        self.since, self.first_token = time.perf_counter(), pl_module.tokens
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Pauses."""
-        self._pause(trainer)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Goes on."""
-        self.since = time.perf_counter()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops."""
-        self._pause(trainer)
-
-    def _pause(self, trainer: Trainer) -> None:
-        if trainer.state.fn == "fit":
-            self.seconds += time.perf_counter() - self.since
 
 
 def _status(error: BaseException) -> str:

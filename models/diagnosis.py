@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from layers import State
 from models.row_gradients import coalesced
 
 
@@ -12,8 +13,13 @@ class NonFiniteError(RuntimeError):
 
 
 @torch.no_grad()
-def first_nonfinite(model: nn.Module, inputs: Tensor) -> str:
+def first_nonfinite(model: nn.Module, inputs: Tensor, state: State = None) -> str:
     """Names the module whose output first holds a NaN or an infinity when `inputs` are read.
+
+    Args:
+        model: a language model.
+        inputs: tokens.
+        state: that it starts from.
 
     Returns:
         The module's dotted name; if every output is finite, a sentence that says so.
@@ -31,7 +37,7 @@ def first_nonfinite(model: nn.Module, inputs: Tensor) -> str:
         if name
     ]
     try:
-        model(inputs)
+        model(inputs, state)
     finally:
         for hook in hooks:
             hook.remove()

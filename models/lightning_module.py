@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from layers import Usage, UsageMeter, is_loss, metering, with_shared_tables
+from layers import State, Usage, UsageMeter, is_loss, metering, with_shared_tables
 from models.clipping import MAIN, clip_by_groups
 from models.diagnosis import NonFiniteError, first_nonfinite, nonfinite_gradients
 from models.language_model import LanguageModel
@@ -90,7 +90,8 @@ class SequenceModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""
         self.tokens += batch.inputs.numel() * self.trainer.world_size
-        logits, _, aux = self.model(batch.inputs, keep_state=False)
+        state = state_before(self.model, batch)
+        logits, _, aux = self.model(batch.inputs, state, keep_state=False)
         task_loss = F.cross_entropy(
             logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE
         )
@@ -98,7 +99,7 @@ class SequenceModule(LightningModule):
         if not loss.isfinite():
             raise NonFiniteError(
                 f"the loss is {loss.item()} at step {self.global_step}; the first module with a "
-                f"non-finite output: {first_nonfinite(self.model, batch.inputs)}"
+                f"non-finite output: {first_nonfinite(self.model, batch.inputs, state)}"
             )
         self.latest_loss = task_loss.detach()
         self._pending.append(
@@ -146,7 +147,7 @@ class SequenceModule(LightningModule):
         if self.usage is not None:  # `tasks.batch.deal` repeats a batch, unscored
             self.usage.counting = bool((batch.targets != IGNORE).any())
         with nullcontext() if self.usage is None else metering(self.usage):
-            logits = self.model(batch.inputs, keep_state=False).y
+            logits = self.model(batch.inputs, state_before(self.model, batch), keep_state=False).y
         self.metrics.update(logits, batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -194,6 +195,17 @@ class SequenceModule(LightningModule):
     def _write(self, row: dict[str, float], step: int) -> None:
         for logger in self.loggers:
             logger.log_metrics(row, step)
+
+
+def state_before(model: LanguageModel, batch: Batch) -> State:
+    """The start of each sequence, with the blocks of its route, if it has one and the model a bank.
+
+    In training, a bank gives some sequences its generic block instead (`MemoryBank`).
+    """
+    if model.bank is None or batch.route is None:
+        return None
+    device = next(model.parameters()).device
+    return model.init_state(len(batch.inputs), batch.route.to(device))
 
 
 def _reseed(device: torch.device, seed: int) -> None:

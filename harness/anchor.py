@@ -1,0 +1,106 @@
+"""Starting a run from the weights of another: an anchor, which a memory bank is added to."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from harness.check import ConfigError
+from harness.checkpoints import (
+    checkpoint_vocabulary,
+    model_weights,
+    read_checkpoint,
+)
+from harness.run_directory import RunError, find_run
+from models import LanguageModel
+from tasks.base import Task
+
+BANK = "bank."  # what names of a bank's weights begin with
+_LISTED = 8  # weights that do not fit, in one message
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Where the weights of an anchor come from.
+
+    Attributes:
+        path: a checkpoint.
+        step: the updates behind it.
+    """
+
+    path: Path
+    step: int
+
+
+def start_from(where: str, model: LanguageModel, task: Task) -> Anchor:
+    """Gives a model the weights of another run.
+
+    All of them must find their place, by name and shape, and all of the model's own must be among
+    them; only those of a bank may be new. So the model with a bank may start from one without.
+
+    Args:
+        where: a run directory, for its best checkpoint, or a checkpoint.
+        model: which is changed.
+        task: which it will be trained on; the anchor must know the same vocabulary.
+
+    Raises:
+        ConfigError: there is no such run, or it does not fit. The model is as it was.
+    """
+    try:
+        run, file = find_run(where)
+        path = file or run.best
+        checkpoint = read_checkpoint(path)
+    except RunError as error:
+        raise ConfigError([f"start_from: {error}"]) from error
+    weights = model_weights(checkpoint)
+    problems = [*_other_words(checkpoint, task), *_misfits(weights, model)]
+    if problems:
+        lines = "".join(f"\n    {problem}" for problem in problems)
+        raise ConfigError([f"start_from: {path} is not an anchor for this model:{lines}"])
+    model.load_state_dict(weights, strict=False)
+    return Anchor(path, int(checkpoint["global_step"]))
+
+
+def freeze_all_but_bank(model: LanguageModel) -> None:
+    """Leaves only the bank to be trained.
+
+    All else has no gradient and is in evaluation mode, as norms and keys may follow what they read
+    in training: it stays the same to the bit.
+    """
+    assert model.bank is not None, "the config was checked"
+    model.requires_grad_(False)
+    model.bank.requires_grad_(True)
+    for part in model.children():
+        part.train(part is model.bank)
+
+
+def _other_words(checkpoint: dict[str, Any], task: Task) -> Iterator[str]:
+    theirs = checkpoint_vocabulary(checkpoint)
+    if theirs != task.vocabulary:
+        yield (
+            f"it was trained on the vocabulary {theirs[:12]!r}, and the task {task.name!r} has "
+            f"{task.vocabulary[:12]!r}: token ids would mean something else"
+        )
+
+
+def _misfits(weights: dict[str, Tensor], model: LanguageModel) -> Iterator[str]:
+    """A line for each weight that does not fit, up to a number."""
+    own = model.state_dict()
+    lines = []
+    for name in weights.keys() | own.keys():
+        here, there = own.get(name), weights.get(name)
+        if here is None and there is not None:
+            lines.append(f"{name} {_shape(there)} has no place in this model")
+        elif there is None and here is not None and not name.startswith(BANK):
+            lines.append(f"{name} {_shape(here)} of this model is not there")
+        elif here is not None and there is not None and here.shape != there.shape:
+            lines.append(f"{name} is {_shape(there)} there and {_shape(here)} in this model")
+    yield from sorted(lines)[:_LISTED]
+    if len(lines) > _LISTED:
+        yield f"and {len(lines) - _LISTED} more weights that do not fit"
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))

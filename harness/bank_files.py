@@ -1,0 +1,65 @@
+"""The memory bank of a run in files, for `scripts/serve_bank.py` and edits."""
+
+from collections.abc import Iterator
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from harness.checkpoints import EndOfStep
+from harness.console import say
+from harness.run_directory import RunDirectory
+from layers import MemoryBank
+from models import LanguageModel
+from models.bank import anchor_hash, write_bank
+from tasks.base import Task
+
+
+class SaveBank(EndOfStep):
+    """Writes the bank of a run when training ends, and on the way if asked.
+
+    It has the weights of the moment, as `last.ckpt` does, and the hash of the anchor that they were
+    trained with. So the two belong together when a run has ended. Where the anchor is trained too,
+    they do so on the way only after steps at which both were written.
+
+    Args:
+        run: its `bank` folder is written to.
+        model: has a bank in memory.
+        task: its router chooses the blocks.
+        every: updates between two writes; None writes at the end only.
+    """
+
+    def __init__(
+        self, run: RunDirectory, model: LanguageModel, task: Task, *, every: int | None
+    ) -> None:
+        assert isinstance(model.bank, MemoryBank), "it is being trained"
+        self.run, self.model, self.bank, self.task = run, model, model.bank, task
+        self.every, self.saved_step = every, -1
+
+    def end_of_step(self, trainer: Trainer) -> None:
+        """Saves when it is time."""
+        if self.every is not None and trainer.global_step % self.every == 0:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the final blocks."""
+        self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Writes the bank, once per step and by one process; says so when it is on disk."""
+        step = trainer.global_step
+        if not trainer.is_global_zero or step == self.saved_step:
+            return
+        write_bank(
+            self.run.bank,
+            self.bank.shape,
+            self._blocks,
+            dtype="float32",
+            router=self.task.router,
+            anchor=anchor_hash(self.model),
+            facts={"step": step, "run": self.run.name},
+        )
+        self.saved_step = step
+        say(f"saved the bank of step {step}", flush=True)
+
+    def _blocks(self, level: int) -> Iterator[Tensor]:
+        return (self.bank.record(level, node) for node in range(self.bank.shape.nodes(level)))

@@ -1,0 +1,215 @@
+"""Deletes blocks of a trained memory bank, in memory, and asks the run's facts again.
+
+For a few leaves, and for each level of the way to them, one block is set to zero: what is lost of
+the facts whose questions read that block, and what of all others? Needs a run of task=rare_facts
+with ffn=bank; nothing of it is changed.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.build import build
+from harness.check import TARGET, Config
+from harness.checkpoints import (
+    checkpoint_config,
+    checkpoint_vocabulary,
+    read_checkpoint,
+)
+from harness.cli import report_errors
+from harness.evaluation import check_fit, mixed_precision, restore_model
+from harness.run_directory import RunError, find_run
+from harness.schema import check_config
+from harness.targets import resolve_target
+from layers import BankShape, MemoryBank
+from models import LanguageModel
+from models.lightning_module import state_before
+from scripts.reporting.measured import measured, publish
+from tasks import RareFacts
+from tasks.base import EvalSplit
+from tasks.metrics import score
+
+
+class Asked(NamedTuple):
+    """What a model made of every fact.
+
+    Attributes:
+        route: `[F]`, the leaf that each question reads.
+        right: `[F]`, whether the answer was.
+    """
+
+    route: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """One block less.
+
+    Attributes:
+        leaf: the block is on the way to.
+        level: of the block.
+        node: likewise.
+        facts: whose questions read it.
+        own: accuracy on those, before and after.
+        others: accuracy on all others, before and after.
+    """
+
+    leaf: int
+    level: int
+    node: int
+    facts: int
+    own: tuple[float, float]
+    others: tuple[float, float]
+
+
+@torch.inference_mode()
+def ask(model: LanguageModel, task: RareFacts, split: EvalSplit, precision: str) -> Asked:
+    """Asks every fact once, by the route of the task's first arm."""
+    device, routes, right = next(model.parameters()).device, [], []
+    for batch in task.eval_batches(split):
+        with mixed_precision(device, precision):
+            logits = model(batch.inputs.to(device), state_before(model, batch)).y
+        assert batch.route is not None, "the task was checked"
+        routes.append(batch.route)
+        right.append(score(logits, batch.targets.to(device)).right)
+    return Asked(torch.cat(routes), torch.cat(right).double())
+
+
+@contextmanager
+def deleted(bank: MemoryBank, level: int, node: int) -> Iterator[None]:
+    """A bank without a block, which comes back."""
+    kept = bank.record(level, node).clone()
+    bank.write(level, node, torch.zeros_like(kept))
+    try:
+        yield
+    finally:
+        bank.write(level, node, kept)
+
+
+def choose(route: Tensor, shape: BankShape, count: int, seed: int) -> list[int]:
+    """Leaves drawn from those half of all that most facts read."""
+    facts = torch.bincount(route[route >= 0], minlength=shape.leaves)
+    often = facts.argsort(descending=True, stable=True)[: max(1, shape.leaves // 2)]
+    known = often[facts[often] > 0].tolist()
+    drawn = np.random.default_rng(seed).choice(known, min(count, len(known)), replace=False)
+    return [int(leaf) for leaf in drawn]
+
+
+def measure(
+    model: LanguageModel,
+    task: RareFacts,
+    *,
+    leaves: int,
+    seed: int,
+    split: EvalSplit = "val",
+    precision: str = "32-true",
+) -> list[Deletion]:
+    """Deletes every block on the way to some leaves, each for itself.
+
+    Args:
+        model: with its bank in memory; it is left as it was.
+        task: gives routes to the bank's leaves.
+        leaves: how many.
+        seed: of their choice.
+        split: which set of questions.
+        precision: the trainer's.
+    """
+    assert isinstance(model.bank, MemoryBank), "the model was restored"
+    bank, shape = model.bank, model.bank.shape
+    before, found = ask(model, task, split, precision), []
+    for leaf in choose(before.route, shape, leaves, seed):
+        for level in reversed(shape.levels):
+            node = shape.node(leaf, level)
+            with deleted(bank, level, node):
+                after = ask(model, task, split, precision)
+            reads = (shape.node(before.route, level) == node) & (before.route >= 0)
+            own, others = (_accuracies(before, after, facts) for facts in (reads, ~reads))
+            found.append(Deletion(leaf, level, node, int(reads.sum()), own, others))
+    return found
+
+
+def _accuracies(before: Asked, after: Asked, facts: Tensor) -> tuple[float, float]:
+    """On some facts; NaN where there are none."""
+    return float(before.right[facts].mean()), float(after.right[facts].mean())
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Measures, and prints the table or puts it into a file.
+
+    Raises:
+        RunError: no run there, or one without a bank, or without routes of facts.
+    """
+    asked = _parser().parse_args(arguments)
+    directory, file = find_run(asked.run)
+    checkpoint = read_checkpoint(file or directory.last)
+    config = checkpoint_config(checkpoint)
+    check_config(config)
+    task = _task(config)
+    model = restore_model(config, checkpoint)
+    if model.bank is None:
+        raise RunError(f"{directory.path}: no layer of this model reads a memory bank")
+    check_fit(checkpoint_vocabulary(checkpoint), model, task)
+    found = measure(
+        model,
+        task,
+        leaves=asked.leaves,
+        seed=asked.seed,
+        split=asked.split,
+        precision=config["trainer"].get("precision", "32-true"),
+    )
+    remarks = [
+        f"Each row: one block set to zero, all {len(task.told.exposures):,} facts asked by the "
+        f"route of their {task.arms[0]}, told or not, and the block put back.",
+        "Other facts read other blocks, so that nothing can happen to them: their columns are a "
+        "check.",
+        f"Leaves drawn with seed {asked.seed} from the half of all that most facts read.",
+    ]
+    publish(measured([_row(deletion) for deletion in found], remarks, [config["seed"]]), asked)
+
+
+def _task(config: Config) -> RareFacts:
+    """The run's task, which asks each fact once."""
+    named = config["task"][TARGET]
+    if resolve_target(named) is not RareFacts or config["task"].get("routes") == "none":
+        raise RunError(f"deletion needs a run of task=rare_facts with routes; this is of {named}")
+    task: RareFacts = build({**config["task"], "ask": None})
+    task.prepare_data()
+    return task
+
+
+def _row(deletion: Deletion) -> dict[str, str]:
+    cells = {
+        "leaf": f"{deletion.leaf}",
+        "deleted block": f"level {deletion.level}, node {deletion.node}",
+        "facts that read it": f"{deletion.facts:,}",
+    }
+    for whose, (before, after) in {"their": deletion.own, "other facts'": deletion.others}.items():
+        cells |= {f"{whose} accuracy": f"{before:.4f}", f"{whose}, deleted": f"{after:.4f}"}
+    return cells
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python scripts/delete_blocks.py", description=__doc__)
+    parser.add_argument("run", metavar="RUN", help="a run directory, or one of its checkpoints")
+    parser.add_argument("--leaves", type=int, default=4, help="how many ways to delete from")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of leaves")
+    parser.add_argument("--split", choices=["val", "test"], default="val")
+    parser.add_argument("--out", type=Path, metavar="FILE.md", help="put the table there")
+    parser.add_argument("--name", default="deletion", help="of the table, in the file's markers")
+    return parser
+
+
+if __name__ == "__main__":
+    with report_errors():
+        run(sys.argv[1:])

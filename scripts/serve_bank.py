@@ -1,0 +1,176 @@
+"""Answers prompts with a trained model whose memory bank stays on disk.
+
+The model's other weights are read from the run's last.ckpt, of which nothing else is loaded. So
+memory is needed for them, for the blocks of one prompt and for a cache of blocks. Each prompt is
+routed by the router that the run kept, and reads one block per level; a prompt is cold if any of
+them had to be read from files, which the system may have in memory all the same. Prompts are
+arguments, or lines of the standard input.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import get_args
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from harness.cli import report_errors
+from harness.run_directory import RunError, find_run
+from harness.serving import Answer, Served, answer, load
+from layers import GENERIC
+from models.bank import BankError
+from models.bank.reading import Read
+from routers import RouterError
+
+MIB = 2**20
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Answers all prompts, and says what reading blocks came to.
+
+    Raises:
+        RunError: as `load` and `answer`, or a prompt has no route.
+    """
+    asked, before = _asked(arguments), _resident()
+    directory, file = find_run(asked.run)
+    with _told():
+        served = load(
+            directory,
+            file or directory.last,
+            asked.bank or directory.bank,
+            cache_bytes=int(asked.cache_mib * MIB),
+            read=asked.read,
+        )
+        print(_opening(served))
+        answers = [given for prompt in _prompts(asked) for given in _served(served, prompt, asked)]
+        print(f"{_closing(served, answers)}; {_resident()} MiB of resident memory, {before} before")
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Files that cannot be used are one line to the user."""
+    try:
+        yield
+    except (BankError, RouterError) as error:
+        raise RunError(str(error)) from error
+
+
+def _asked(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python scripts/serve_bank.py", description=__doc__)
+    parser.add_argument("run", metavar="RUN", help="a run directory, or one of its checkpoints")
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="default: lines of stdin")
+    parser.add_argument("--bank", type=Path, metavar="FOLDER", help="default: bank/ of the run")
+    parser.add_argument("--cache-mib", type=float, default=64, help="for blocks that were read")
+    parser.add_argument("--read", choices=get_args(Read), default="auto", help="way of reading")
+    parser.add_argument("--tokens", type=int, default=8, help="of an answer")
+    parser.add_argument("--temperature", type=float, default=0, help="0: the likeliest word")
+    parser.add_argument(
+        "--route", type=leaf, metavar="LEAF", help="a leaf or generic; default: the router's"
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="answer with the generic block as well"
+    )
+    asked = parser.parse_intermixed_args(arguments)  # options may stand before prompts
+    if asked.tokens < 1 or asked.cache_mib < 0 or asked.temperature < 0:
+        parser.error("--tokens must be 1 or more, --cache-mib and --temperature 0 or more")
+    return asked
+
+
+def leaf(text: str) -> int:
+    """A route, as typed."""
+    return GENERIC if text == "generic" else int(text)
+
+
+def _prompts(asked: argparse.Namespace) -> Iterator[str]:
+    lines = asked.prompts or (line.strip() for line in sys.stdin)
+    return (line for line in lines if line or asked.prompts)
+
+
+def _served(served: Served, prompt: str, asked: argparse.Namespace) -> Iterator[Answer]:
+    """Answers a prompt, with the generic block as well if asked, and prints the answers."""
+    print(f"\n{prompt}", flush=True)
+    routes = [_route_of(served, prompt, asked.route)]
+    if asked.compare and GENERIC not in routes:
+        routes.append(GENERIC)
+    for route in routes:
+        given = answer(
+            served, prompt, route=route, tokens=asked.tokens, temperature=asked.temperature
+        )
+        print(_line(served, given), flush=True)
+        yield given
+
+
+def _route_of(served: Served, prompt: str, given: int | None) -> int:
+    if given is not None:
+        leaves = served.bank.shape.leaves
+        if not GENERIC <= given < leaves:
+            raise RunError(f"--route {given}: the bank has leaves 0 to {leaves - 1}; or generic")
+        return given
+    if served.router is None:
+        raise RunError(
+            "the run kept no router, as no router made the routes of its training; give --route "
+            "with a leaf, or --route generic"
+        )
+    return int(served.router.route([prompt])[0])
+
+
+def _line(served: Served, given: Answer) -> str:
+    """The answer, and what it cost."""
+    speed = f", {1 / given.decode:,.0f} tokens/s" if given.decode is not None else ""
+    costs = f"fetch {1e3 * given.fetch:.2f} ms, prefill {1e3 * given.prefill:.2f} ms{speed}"
+    return f"  {given.text}\n    {_where(served, given)}; {costs}"
+
+
+def _where(served: Served, given: Answer) -> str:
+    if given.route == GENERIC:
+        return "generic block"
+    shape = served.bank.shape
+    path = " > ".join(str(shape.node(given.route, level)) for level in shape.levels)
+    found = f"cold ({given.misses} of {given.hits + given.misses} blocks read)"
+    return f"route {given.route}, path {path}, {found if given.misses else 'warm'}"
+
+
+def _opening(served: Served) -> str:
+    shape, facts = served.bank.shape, served.bank.manifest.facts
+    own = sum(p.numel() for p in served.model.parameters())
+    ways = ", ".join(f"level {level} by {way}" for level, way in served.bank.ways.items())
+    return (
+        f"{own:,} numbers in memory; a bank of {shape.parameters:,} on disk (step "
+        f"{facts.get('step')}), of which a prompt reads {shape.fetched:,}; {ways}"
+    )
+
+
+def _closing(served: Served, answers: Sequence[Answer]) -> str:
+    reads = served.bank.reads
+    fetched = [given for given in answers if given.route != GENERIC]
+    blocks = max(1, reads.hits + reads.misses)
+    medians = {
+        "cold": [given.fetch for given in fetched if given.misses],
+        "warm": [given.fetch for given in fetched if not given.misses],
+    }
+    times = [
+        f"{name} {1e3 * statistics.median(values):.2f} ms" if values else f"{name} -"
+        for name, values in medians.items()
+    ]
+    return (
+        f"\n{len(answers)} answers; {reads.hits / blocks:.0%} of blocks from the cache, "
+        f"{reads.file_bytes / MIB:.2f} MiB read; median fetch: {', '.join(times)}"
+    )
+
+
+def _resident() -> str:
+    """MiB of this process, if the system says so."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:  # not on Linux
+        return "unknown"
+    (size,) = (line.split()[1] for line in lines if line.startswith("VmRSS:"))
+    return f"{int(size) / 1024:.0f}"
+
+
+if __name__ == "__main__":
+    with report_errors():
+        run(sys.argv[1:])
