@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from routers import saved
 from routers.embedders import Arrays, Embedder, HashedTfidf
@@ -50,7 +51,8 @@ class Router:
     ) -> "Router":
         """Fits a copy of an embedder to texts, and a tree to their vectors.
 
-        Equal arguments give equal routers, with an equal hash on one machine.
+        Equal arguments give equal routers, with an equal hash on one machine: products run in one
+        thread, as their rounding depends on how many there are.
 
         Args:
             texts: of training, one or more; a question or a test text has no place here.
@@ -70,14 +72,15 @@ class Router:
         check_shape(branching, depth)  # also this before the embedder takes its time
         clustering = clustering or Clustering()
         embedder = copy.copy(embedder)
-        embedder.fit(texts)
-        tree = Tree.fit(
-            embedder.embed(texts),
-            branching=branching,
-            depth=depth,
-            seed=seed,
-            clustering=clustering,
-        )
+        with threadpool_limits(1):
+            embedder.fit(texts)
+            tree = Tree.fit(
+                embedder.embed(texts),
+                branching=branching,
+                depth=depth,
+                seed=seed,
+                clustering=clustering,
+            )
         options = {"branching": branching, "depth": depth, "seed": seed, "texts": len(texts)}
         return cls(embedder, tree, options | asdict(clustering))
 

@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from routers import Clustering, HashedTfidf, Router, report
 from tasks.base import Facts
@@ -121,16 +120,14 @@ class LibraryRoutes:
         options = self.options
         if options.folder is not None:
             return _load(options.folder, options)
-        # The number of threads decides how matrix products round, and so the router's hash.
-        with threadpool_limits(1):
-            return Router.fit(
-                self.documents[: options.texts],
-                embedder=HashedTfidf(components=options.components, seed=self.seed),
-                branching=options.branching,
-                depth=options.depth,
-                seed=self.seed,
-                clustering=Clustering(limit=options.balance / options.branching),
-            )
+        return Router.fit(
+            self.documents[: options.texts],
+            embedder=HashedTfidf(components=options.components, seed=self.seed),
+            branching=options.branching,
+            depth=options.depth,
+            seed=self.seed,
+            clustering=Clustering(limit=options.balance / options.branching),
+        )
 
     @cached_property
     def of_subjects(self) -> Ints:

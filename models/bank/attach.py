@@ -1,0 +1,220 @@
+"""A memory bank on a pretrained language model of transformers, whose own weights stay as they are.
+
+B sequences, as in `layers.memory_bank`.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from layers.bank_blocks import unit_width
+from layers.memory_bank import Bank, BankOptions, BankShape, MemoryBank
+from models.bank.feed_forwards import common_width, decoder_layers, gated_feed_forwards
+from models.bank.hashing import anchor_hash
+from models.bank.layout import Dtype
+from models.bank.manifest import Manifest
+from models.bank.widening import (
+    Widening,
+    checkpoint_contexts,
+    install_hooks,
+    reading,
+    require_checkpoints_read_blocks,
+)
+from models.bank.writer import write_bank
+
+_PROMPTS = ("inputs", "input_ids", "inputs_embeds")  # how `generate` calls what it continues
+
+
+class AttachedBank(nn.Module):
+    """A language model whose gated feed-forwards are widened by the blocks of each sequence.
+
+        y = down(act(gate x) * (up x)) + M3 (act(M1 x) * (M2 x))
+
+    with the activation `act` of the model, called the anchor. M1, M2 and M3 are the blocks on the
+    way to the leaf of the sequence (`layers.hierarchical_ffn`). This is how arXiv 2510.02375 adds
+    knowledge to open weights. A new bank changes no logit, as its M3 are zero.
+
+    The anchor keeps its class, its parameters and their names, and without a route it computes what
+    it did before: blocks come in through hooks, for the calls below and inside of `routed`. What
+    was fetched belongs to a call, not to a module. Threads and tasks do not see each other's, and
+    a thread that is started inside of `routed` sees none.
+
+    In training mode the bank replaces some routes by the generic block (`BankOptions`).
+
+    Args:
+        anchor: a language model of transformers.
+        bank: of the kind "ffn", for this width and number of layers; moved to the model's device.
+        layers: which layers of the decoder read it, from 0; None for all.
+        freeze: gradients reach the bank only.
+
+    Attributes:
+        anchor: the model itself. Call it for what it does without the bank.
+        bank: what is trained and saved. Give it, or all of this, to `models.make_optimizer`.
+        layers: those that are widened, in the order of the bank's places.
+
+    Raises:
+        ValueError: the model has no such feed-forwards, or the bank does not fit them.
+    """
+
+    anchor: Any
+    bank: Bank
+
+    def __init__(
+        self,
+        anchor: nn.Module,
+        bank: Bank,
+        *,
+        layers: Sequence[int] | None = None,
+        freeze: bool = True,
+    ) -> None:
+        super().__init__()
+        found = gated_feed_forwards(anchor, layers)
+        _require_fit(bank.shape, len(found), common_width(found))
+        self.anchor, self.layers = anchor, tuple(found)
+        self.bank = bank.to(self.anchor.device)
+        self._frozen = [p for p in anchor.parameters() if p.requires_grad and freeze]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+        self._key = object()
+        self._hooks = install_hooks(self._key, found.values())
+
+    @contextmanager
+    def routed(self, route: Int[Tensor, " b"]) -> Iterator[None]:
+        """Widens the anchor, for calls on B sequences inside of the `with`.
+
+        Args:
+            route: a leaf for each sequence, or -1 for the generic block.
+
+        Raises:
+            ValueError: there is no such leaf, the bank was detached, or the anchor recomputes
+                activations without `enable_checkpointing`. A call of the anchor raises it for
+                another number of sequences.
+        """
+        with self._widened(route, repeats=False):
+            yield
+
+    def forward(self, *inputs: Any, route: Int[Tensor, " b"], **options: Any) -> Any:
+        """What the anchor returns for these arguments, its feed-forwards widened."""
+        with self.routed(route):
+            return self.anchor(*inputs, **options)
+
+    @torch.no_grad()
+    def generate(self, *inputs: Any, route: Int[Tensor, " b"], **options: Any) -> Any:
+        """The anchor's `generate`, widened: beams and several answers share their prompt's blocks.
+
+        Put the bank in eval mode first, or some prompts get the generic block.
+
+        Raises:
+            ValueError: the number of routes is not that of prompts.
+        """
+        prompts = [*inputs[:1], *(options.get(name) for name in _PROMPTS)]
+        prompt = next((p for p in prompts if p is not None), None)
+        if prompt is not None and len(prompt) != len(route):
+            raise ValueError(f"{len(prompt)} prompts and {len(route)} routes: give one for each")
+        with self._widened(route, repeats=True):
+            return self.anchor.generate(*inputs, **options)
+
+    def enable_checkpointing(self) -> None:
+        """Recomputes activations in backward, to save memory, with the blocks of the forward pass.
+
+        That is, while the anchor is in training mode. Its own `activation_checkpointing_enable`
+        would recompute after `routed` has ended, and therefore without blocks.
+        """
+        options = {"use_reentrant": False, "context_fn": checkpoint_contexts}
+        self.anchor.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+
+    def save(
+        self, folder: Path, *, router: str | None = None, dtype: Dtype = "float32"
+    ) -> Manifest:
+        """Writes the bank; not the anchor, which is named by the hash of its weights as they are.
+
+        Args:
+            folder: see `write_bank`, as for its errors.
+            router: hash of the router that gave the routes of training.
+            dtype: of stored numbers; that of the model is enough to serve it as it is now.
+
+        Raises:
+            ValueError: the bank is one that is read from files.
+        """
+        bank = self.bank
+        if not isinstance(bank, MemoryBank):
+            raise ValueError("blocks of this bank lie in files already; copy its folder instead")
+        return write_bank(
+            folder,
+            bank.shape,
+            lambda level: (bank.record(level, n) for n in range(bank.shape.nodes(level))),
+            dtype=dtype,
+            router=router,
+            anchor=anchor_hash(self.anchor),
+            facts={"layers": self.layers, "options": asdict(bank.options)},
+        )
+
+    def detach(self) -> nn.Module:
+        """Takes the bank off again; returns the anchor, as trainable as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._hooks, self._frozen = [], []
+        return self.anchor
+
+    def extra_repr(self) -> str:
+        """The widened layers, for `print`."""
+        return f"layers={list(self.layers)}"
+
+    def _widened(self, route: Tensor, *, repeats: bool) -> AbstractContextManager[None]:
+        if not self._hooks:
+            raise ValueError("this bank was detached from its model; attach it again")
+        if self.anchor.training and torch.is_grad_enabled():
+            require_checkpoints_read_blocks(decoder_layers(self.anchor))
+        blocks = self.bank.fetch(route.to(self.bank.generic.device)).to(self.anchor.dtype)
+        return reading(self._key, Widening(blocks.unbind(1), repeats))
+
+
+def attach_bank(
+    model: nn.Module,
+    options: BankOptions,
+    *,
+    layers: Sequence[int] | None = None,
+    freeze: bool = True,
+) -> AttachedBank:
+    """Attaches a new bank to a pretrained model.
+
+    The bank is in float32 on the device of the model, so that small updates are not lost in a model
+    of half precision; blocks are rounded to the model's dtype when they are fetched.
+
+    Args:
+        model: a language model of transformers with gated feed-forwards.
+        options: of the bank; the kind must be "ffn".
+        layers: which layers to widen, from 0; None for all. In arXiv 2510.02375 all of them and the
+            last ones were equally good, and the first ones of little use.
+        freeze: gradients reach the bank only; otherwise the model is trained too.
+
+    Raises:
+        ValueError: the model or the kind is another.
+    """
+    found = gated_feed_forwards(model, layers)
+    d_model, k, hidden = common_width(found), options.branching, options.hidden
+    width = unit_width("ffn", d_model, hidden=0)
+    shape = BankShape(len(found), k, hidden, width, options.kind)
+    _require_fit(shape, len(found), d_model)
+    return AttachedBank(model, MemoryBank(shape, d_model, options), layers=layers, freeze=freeze)
+
+
+def _require_fit(shape: BankShape, layers: int, d_model: int) -> None:
+    if shape.kind != "ffn":
+        raise ValueError(
+            f'a bank that is attached to a model has the kind "ffn", not {shape.kind!r}'
+        )
+    width = unit_width("ffn", d_model, hidden=0)
+    if (shape.places, shape.width) != (layers, width):
+        raise ValueError(
+            f"the bank has blocks of {shape.width} numbers a unit for {shape.places} layers; "
+            f"{layers} layers of width {d_model} need {width} numbers a unit"
+        )

@@ -1,0 +1,471 @@
+"""Files of memory banks: what they hold, how they are replaced, and which are refused."""
+
+import json
+import resource
+import weakref
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from torch import nn
+
+from layers.memory_bank import BankShape
+from models.bank import (
+    BankError,
+    LevelFile,
+    anchor_hash,
+    manifest,
+    open_levels,
+    read_manifest,
+    verify_bank,
+    write_bank,
+)
+from models.bank.journal import locked
+from tests.models.bank.banks import NODES, SHAPE, block, contents, damage, finish, fork, save
+
+HASH, OTHER = "a1" * 32, "b2" * 32
+
+
+def first_file(folder, level=3):
+    (path,) = folder.glob(f"level{level}-*.bank")
+    return path
+
+
+# What files hold
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_blocks_are_read_as_they_were_written(tmp_path, dtype):
+    written = save(tmp_path, dtype=dtype, router=HASH, anchor=OTHER, facts={"step": 7})
+    found, levels = open_levels(tmp_path, router=HASH, anchor=OTHER)
+    assert found == written
+    assert (found.generation, found.shape, found.facts) == (1, SHAPE, {"step": 7})
+    for level, node in NODES:
+        expected = block(level, node).to(getattr(torch, dtype))
+        assert torch.equal(levels[level].read(node), expected)
+    assert verify_bank(tmp_path) == []
+
+
+def test_a_bank_may_be_stored_in_another_dtype_than_its_blocks(tmp_path):
+    def records(level):
+        return (block(level, n).double() for n in range(SHAPE.nodes(level)))
+
+    write_bank(tmp_path, SHAPE, records, dtype="float16")
+    assert torch.equal(LevelFile(first_file(tmp_path)).read(2), block(3, 2).half())
+
+
+def test_a_file_is_as_its_format_says(tmp_path):
+    save(tmp_path, dtype="float16", router=HASH)
+    data = (tmp_path / "level3-1.bank").read_bytes()
+    length = int.from_bytes(data[8:16], "little")
+    head = json.loads(data[16 : 16 + length])
+    assert data[:8] == b"mnemebnk"
+    assert data[16 + length : 24 + length] == xxhash.xxh3_64_digest(data[: 16 + length])[::-1]
+    assert (head["version"], head["level"], head["router"], head["anchor"]) == (1, 3, HASH, None)
+    assert (head["nodes"], head["record_bytes"], head["stride"]) == (8, 2 * 2 * 5 * 2, 4096)
+    assert (head["checksums"], head["records"], len(data)) == (4096, 8192, head["file_bytes"])
+    table = data[4104 : 4104 + 8 * 8]
+    assert data[4096:4104] == xxhash.xxh3_64_digest(table)[::-1]
+    for node in range(8):
+        record = data[8192 + 4096 * node :][:40]
+        assert np.array_equal(
+            np.frombuffer(record, "<f2").reshape(2, 2, 5), block(3, node).half().numpy()
+        )
+        assert table[8 * node :][:8] == xxhash.xxh3_64_digest(record)[::-1]
+        assert not any(data[8192 + 4096 * node + 40 : 8192 + 4096 * (node + 1)])
+
+
+def test_records_of_any_size_begin_at_pages(tmp_path):
+    shape = BankShape(places=3, branching=3, hidden=(1, 7, 1), width=90)
+    save(tmp_path, shape=shape)
+    _, levels = open_levels(tmp_path)
+    assert [levels[n].layout.stride for n in (0, 1, 2, 3)] == [12288, 4096, 8192, 4096]
+    assert levels[2].layout.records % 4096 == 0
+    assert torch.equal(levels[2].read(8), block(2, 8, shape=shape))
+
+
+def test_a_table_of_checksums_may_need_several_pages(tmp_path):
+    shape = BankShape(places=1, branching=23, hidden=(0, 1), width=1)
+    save(tmp_path, shape=shape)
+    file = LevelFile(first_file(tmp_path, level=2))
+    assert file.layout.records == 3 * 4096
+    assert torch.equal(file.read(528), block(2, 528, shape=shape))
+
+
+def test_one_record_at_a_time_is_in_memory(tmp_path):
+    alive = weakref.WeakSet()
+
+    def records(level):
+        for node in range(SHAPE.nodes(level)):
+            record = block(level, node)
+            alive.add(record)
+            yield record
+            del record
+            assert len(alive) <= 1
+
+    write_bank(tmp_path, SHAPE, records, dtype="float32")
+    assert not alive
+
+
+# Writing again
+
+
+def test_a_newer_bank_takes_the_place_of_an_older(tmp_path):
+    save(tmp_path, seed=0)
+    newer = replace(SHAPE, hidden=(0, 1, 1))
+    assert save(tmp_path, seed=1, shape=newer).generation == 2
+    names = {"manifest.json", "level0-2.bank", "level2-2.bank", "level3-2.bank"}
+    assert set(contents(tmp_path)) == names
+    assert torch.equal(LevelFile(first_file(tmp_path)).read(5), block(3, 5, seed=1, shape=newer))
+
+
+def test_files_of_a_failed_write_go_with_the_next_write_and_not_before(tmp_path):
+    save(tmp_path)
+    strays = ["level3-2.bank", ".level1-2.bank.x7d_9", ".manifest.json.abc"]
+    for name in [*strays, "notes.txt"]:
+        (tmp_path / name).write_bytes(b"part")
+    read_manifest(tmp_path)
+    assert set(contents(tmp_path)) >= set(strays)
+    assert save(tmp_path).generation == 3
+    assert set(contents(tmp_path)).isdisjoint(strays)
+    assert (tmp_path / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_write_that_fails_half_way_changes_nothing(tmp_path, older):
+    if older:
+        save(tmp_path)
+    before = contents(tmp_path)
+
+    def records(level):
+        yield from (block(level, n) for n in range(SHAPE.nodes(level) - (level == 3)))
+        if level == 3:
+            raise RuntimeError("the caller's own")
+
+    with pytest.raises(RuntimeError, match="own"):
+        write_bank(tmp_path, SHAPE, records, dtype="float32")
+    assert contents(tmp_path) == before
+
+
+def test_a_bank_whose_manifest_is_lost_can_be_written_again(tmp_path):
+    save(tmp_path)
+    damage(tmp_path / "manifest.json", 40)
+    before = contents(tmp_path)
+    with pytest.raises(BankError, match="level 0 has 1 blocks; only 0 were given"):
+        write_bank(tmp_path, SHAPE, lambda level: [], dtype="float32")
+    assert contents(tmp_path) == before, "it may yet be repaired"
+    assert save(tmp_path).generation == 2
+    assert verify_bank(tmp_path) == []
+    assert len(contents(tmp_path)) == 4
+
+
+def test_one_bank_has_one_writer_at_a_time(tmp_path):
+    save(tmp_path)
+    before = contents(tmp_path)
+    with locked(tmp_path), pytest.raises(BankError, match="another process or thread is writing"):
+        save(tmp_path)
+    assert contents(tmp_path) == before
+    save(tmp_path)
+
+
+def test_a_bank_that_is_replaced_while_it_is_opened_is_opened_anew(tmp_path, monkeypatch):
+    save(tmp_path)
+    opening = manifest.open_level
+
+    def late(folder, found, level):
+        if level == 1 and found.generation == 1:
+            save(tmp_path, seed=1)
+        return opening(folder, found, level)
+
+    monkeypatch.setattr(manifest, "open_level", late)
+    found, levels = open_levels(tmp_path)
+    assert found.generation == 2
+    assert torch.equal(levels[0].read(0), block(0, 0, seed=1))
+
+
+def test_a_full_disk_is_one_error_and_leaves_the_older_bank(tmp_path):
+    """A limit on the size of files stands for it: EFBIG comes from the same calls as ENOSPC."""
+    save(tmp_path)
+    before = contents(tmp_path)
+
+    def write(report):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # enough for levels 0 and 1
+        try:
+            save(tmp_path, seed=1)
+        except BankError as error:
+            report(error)
+
+    (message,), _ = finish(*fork(write))
+    assert "level3-2.bank, which needs 40,960 bytes: [Errno 27] File too large" in message
+    assert contents(tmp_path) == before
+    save(tmp_path, seed=1)
+
+
+# Records that cannot be stored
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (
+            torch.zeros(2, 3, 5),
+            r"block 6 of level 3 must have the shape \(2, 2, 5\), got \(2, 3, 5",
+        ),
+        (torch.full((2, 2, 5), float("nan")), "block 6 of level 3 is not finite in float16"),
+        (torch.full((2, 2, 5), 1e5), "block 6 of level 3 is not finite in float16"),
+    ],
+)
+def test_blocks_that_cannot_be_stored_are_named(tmp_path, wrong, says):
+    def records(level):
+        blocks = [block(level, n) for n in range(SHAPE.nodes(level))]
+        return blocks if level < 3 else [*blocks[:6], wrong, blocks[7]]
+
+    with pytest.raises(BankError, match=says):
+        write_bank(tmp_path, SHAPE, records, dtype="float16")
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize(("count", "says"), [(7, "only 7"), (9, "more"), (0, "only 0")])
+def test_too_few_and_too_many_blocks_are_refused(tmp_path, count, says):
+    def records(level):
+        return [block(level, n) for n in range(count if level == 3 else SHAPE.nodes(level))]
+
+    with pytest.raises(BankError, match=f"level 3 has 8 blocks; {says} were given"):
+        write_bank(tmp_path, SHAPE, records, dtype="float32")
+
+
+def test_facts_that_json_cannot_hold_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        save(tmp_path / "bank", facts={"seen": {1, 2}})
+    assert not (tmp_path / "bank").exists()
+
+
+def test_hashes_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(BankError, match="give shorter hashes"):
+        save(tmp_path, router="a" * 4000)
+
+
+# Files that cannot be used
+
+
+@pytest.fixture
+def bank(tmp_path):
+    save(tmp_path, router=HASH, anchor=OTHER)
+    return tmp_path
+
+
+def test_a_missing_bank_is_named(tmp_path):
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(BankError, match=f"no memory bank in {folder}: it has no manifest.json"):
+            read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b'{"version": 1}', b'{"version": 1, "checksum": "0"}'],
+)
+def test_a_manifest_that_is_none_is_named(bank, content):
+    (bank / "manifest.json").write_bytes(content)
+    with pytest.raises(BankError, match=r"manifest\.json is damaged or was changed by hand"):
+        read_manifest(bank)
+
+
+def test_a_flipped_bit_of_a_manifest_is_found_wherever_it_is(bank):
+    path = bank / "manifest.json"
+    original = path.read_bytes()
+    for at in range(0, len(original), 17):
+        damage(path, at)
+        with pytest.raises(BankError):
+            read_manifest(bank)
+        path.write_bytes(original)
+    read_manifest(bank)
+
+
+def test_versions_to_come_are_refused(bank, monkeypatch):
+    path = bank / "manifest.json"
+    original = path.read_text()
+    path.write_text(original.replace('"version": 1', '"version": 2'))
+    with pytest.raises(BankError, match=r"manifest\.json has version 2 of the format; .* reads 1"):
+        read_manifest(bank)
+    path.write_text(original)
+    monkeypatch.setattr("models.bank.level_file.VERSION", 3)
+    with pytest.raises(BankError, match=r"level3-1\.bank has version 1 of the format; .* reads 3"):
+        LevelFile(first_file(bank))
+
+
+@pytest.mark.parametrize("what", ["router", "anchor"])
+def test_another_router_and_another_anchor_are_refused(bank, what):
+    found = {"router": HASH, "anchor": OTHER}[what]
+    says = rf"for the {what} {found[:12]}, and is used with cccccccccccc; .* that {what}"
+    with pytest.raises(BankError, match=says):
+        read_manifest(bank, **{what: "c" * 64})
+    read_manifest(bank, **{what: found})
+
+
+def test_a_bank_of_no_known_router_is_refused_to_a_router(tmp_path):
+    save(tmp_path)
+    with pytest.raises(BankError, match="written without naming its router, and is used with a1a1"):
+        open_levels(tmp_path, router=HASH)
+
+
+def test_a_missing_level_is_named(bank):
+    first_file(bank, level=1).unlink()
+    with pytest.raises(
+        BankError, match=r"cannot open .*level1-1\.bank, a level of a bank: No such"
+    ):
+        open_levels(bank)
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"PK\x03\x04" + bytes(9000)])
+def test_another_kind_of_file_is_named(bank, content):
+    first_file(bank).write_bytes(content)
+    with pytest.raises(BankError, match=r"level3-1\.bank is not a level of a memory bank"):
+        open_levels(bank)
+
+
+@pytest.mark.parametrize(
+    ("kept", "says"),
+    [
+        (5, "cut short: it has 5 bytes, its header alone 4,096"),
+        (4095, "cut short: it has 4,095 bytes, its header alone 4,096"),
+        (4096, "has 4,096 bytes where its 8 records of 4,096 need 40,960"),
+        (40_959, "has 40,959 bytes where its 8 records of 4,096 need 40,960"),
+        (40_961, "has 40,961 bytes where"),
+    ],
+)
+def test_a_level_that_was_cut_short_is_named(bank, kept, says):
+    path = first_file(bank)
+    path.write_bytes((path.read_bytes() + b"x")[:kept])
+    with pytest.raises(BankError, match=rf"level3-1\.bank (is )?{says}"):
+        open_levels(bank)
+
+
+@pytest.mark.parametrize("at", [8, 12, 15, 16, 60, 300])
+def test_a_flipped_bit_of_the_header_is_found_on_opening(bank, at):
+    damage(first_file(bank), at)
+    with pytest.raises(BankError, match=r"the header of .*level3-1\.bank is damaged"):
+        open_levels(bank)
+
+
+@pytest.mark.parametrize("at", [4096, 4103, 4104, 4096 + 8 + 8 * 8 - 1])
+def test_a_flipped_bit_of_the_checksums_is_found_on_opening(bank, at):
+    damage(first_file(bank), at)
+    with pytest.raises(
+        BankError, match=r"the checksums of records in .*level3-1\.bank are damaged"
+    ):
+        open_levels(bank)
+
+
+def test_a_level_of_another_write_is_refused(bank, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    for _ in range(2):
+        save(other, router=HASH, anchor=OTHER)
+    first_file(bank).write_bytes(first_file(other).read_bytes())
+    with pytest.raises(
+        BankError, match=r"level3-1\.bank is not of this bank: its generation is 2, "
+    ):
+        open_levels(bank)
+
+
+def test_a_level_of_another_bank_is_refused(bank, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    save(other, router=HASH, anchor=OTHER, dtype="bfloat16")
+    first_file(bank).write_bytes(first_file(other).read_bytes())
+    with pytest.raises(BankError, match=r"its dtype is bfloat16, and that of .*json is float32"):
+        open_levels(bank)
+
+
+@pytest.mark.parametrize("at", [0, 79])
+def test_a_flipped_bit_of_a_record_is_found_on_reading_it(bank, at):
+    damage(first_file(bank), 8192 + 5 * 4096 + at)
+    _, levels = open_levels(bank)
+    with pytest.raises(BankError, match=r"record 5 of .*level3-1\.bank is damaged"):
+        levels[3].read(5)
+    levels[3].read(4)
+
+
+def test_half_a_record_is_refused(bank):
+    file = LevelFile(first_file(bank))
+    record = bytes(file.layout.encode(block(3, 5)))
+    file.check(5, record + bytes(100))
+    file.check(5, np.frombuffer(record, np.uint8))
+    with pytest.raises(BankError, match="has 80 bytes, of which 79 were read"):
+        file.check(5, record[:-1])
+
+
+def test_a_file_that_is_cut_while_it_is_open_is_named(bank):
+    file = LevelFile(first_file(bank))
+    file.path.write_bytes(file.path.read_bytes()[: 8192 + 7 * 4096 + 10])
+    file.read(6)
+    with pytest.raises(BankError, match=r"record 7 of .* has 80 bytes, of which 10 were read"):
+        file.read(7)
+
+
+@pytest.mark.parametrize("node", [-1, 8])
+def test_blocks_that_are_not_there_are_refused(bank, node):
+    with pytest.raises(BankError, match=rf"level3-1\.bank has blocks 0 to 7, and no {node}"):
+        LevelFile(first_file(bank)).read(node)
+
+
+def test_verify_tells_all_problems(bank):
+    for node in (2, 6):
+        damage(first_file(bank), 8192 + node * 4096)
+    damage(first_file(bank, level=1), 4096)
+    problems = verify_bank(bank)
+    assert len(problems) == 3
+    assert "level1-1.bank are damaged" in problems[0]
+    assert ["record 2" in problems[1], "record 6" in problems[2]] == [True, True]
+    (bank / "manifest.json").unlink()
+    assert "no manifest.json" in verify_bank(bank)[0]
+
+
+# Hashes of models
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.bank = nn.Linear(3, 4), nn.Linear(2, 2)
+        self.bankers = nn.Embedding(3, 2, dtype=torch.bfloat16)
+        self.register_buffer("count", torch.tensor(3))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+        self.register_buffer("nothing", torch.zeros(0))
+
+
+def test_a_hash_is_the_same_after_saving_and_loading(tmp_path):
+    net = Net()
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    loaded = Net()
+    assert anchor_hash(loaded) != anchor_hash(net)
+    loaded.load_state_dict(torch.load(tmp_path / "net.pt"))
+    assert anchor_hash(loaded) == anchor_hash(net)
+    assert len(anchor_hash(net)) == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "matters"),
+    [
+        ("inner.weight", True),
+        ("bankers.weight", True),
+        ("count", True),
+        ("scratch", False),
+        ("bank.weight", False),
+    ],
+)
+def test_a_hash_is_that_of_all_but_the_bank(name, matters):
+    net = Net()
+    before = anchor_hash(net)
+    net.get_parameter(name).data.add_(1) if "." in name else net.get_buffer(name).add_(1)
+    assert (anchor_hash(net) != before) == matters
+    assert anchor_hash(net, leave_out=()) != anchor_hash(net)
+
+
+def test_a_hash_tells_shapes_and_dtypes_apart():
+    same_bytes, hashes = torch.ones(3, 4), set()
+    for tensor in (same_bytes, same_bytes.view(4, 3), same_bytes.view(torch.int32)):
+        module = nn.Module()
+        module.register_buffer("w", tensor)
+        hashes.add(anchor_hash(module))
+    assert len(hashes) == 3
