@@ -39,6 +39,6 @@ def _other_leaves(model: LanguageModel, task: Task) -> Iterator[str]:
     yield (
         f"task: routes of {task.name!r} lead to {task.leaves} leaves, and the model's bank has "
         f"{shape.leaves}, {shape.branching} children at each of {shape.depth} levels; set "
-        "task.branching and task.depth, or ffn.bank.branching and, a number for each level, "
-        "ffn.bank.hidden"
+        "task.routing.branching and task.routing.depth, or ffn.bank.branching and, a number for "
+        "each level, ffn.bank.hidden"
     )
