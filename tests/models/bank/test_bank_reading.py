@@ -1,0 +1,682 @@
+"""Banks that stay on disk: ways of reading, what is kept, what is read ahead, what it costs."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from errno import EINVAL, EIO
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from layers import HierarchicalFFN, SoftmaxAttention
+from layers.memory_bank import GENERIC, BankOptions, BankShape, MemoryBank
+from models import LanguageModel
+from models.bank import BankError, StoredBank, Tier, fetch_seconds, tier_table, write_bank
+from models.bank import reading as reading_module
+from models.bank.buffers import Buffers
+from models.bank.cache import RecordCache
+from models.bank.layout import PAGE, LevelLayout
+from models.bank.reading import WAYS, Mapped, Pread, evict, fastest
+
+SHAPE = BankShape(places=2, branching=3, hidden=(3, 0, 2), width=6 * 170)  # records end in a page
+STRIDES = {1: 6 * PAGE, 3: 4 * PAGE}  # 24,480 and 16,320 bytes in float32
+EVERY_WAY = pytest.mark.parametrize("way", WAYS)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A bank in memory with numbers that all differ."""
+    torch.manual_seed(0)
+    bank = MemoryBank(SHAPE, 340, BankOptions(branching=3, hidden=(3, 0, 2))).eval()
+    for parameter in bank.parameters():
+        nn.init.normal_(parameter)
+    return bank
+
+
+@pytest.fixture
+def folder(tmp_path, trained):
+    return write(tmp_path / "bank", trained)
+
+
+def write(folder: Path, bank: MemoryBank, dtype: str = "float32") -> Path:
+    def records(level: int):
+        return (bank.record(level, node) for node in range(SHAPE.nodes(level)))
+
+    write_bank(folder, SHAPE, records, dtype=dtype, router="r" * 16)
+    return folder
+
+
+def fetched(bank, *leaves: int) -> torch.Tensor:
+    with torch.no_grad():
+        return bank.fetch(torch.tensor(leaves, dtype=torch.long))
+
+
+def opened(way: str, path: Path):
+    try:
+        return WAYS[way](path)
+    except BankError as error:
+        pytest.skip(str(error))
+
+
+class Gate:
+    """Lets reads of `Pread` wait until it is opened, all or only the first, and notes them."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.begun, self.open, self.reads = threading.Semaphore(0), threading.Event(), []
+        self.only_first = False
+        plain = Pread.read
+
+        def read(reader, offset, into):
+            self.reads.append((reader._path, offset))
+            self.begun.release()
+            if not self.only_first or len(self.reads) == 1:
+                assert self.open.wait(10), "nobody opened the gate"
+            plain(reader, offset, into)
+
+        monkeypatch.setattr(Pread, "read", read)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    return Gate(monkeypatch)
+
+
+# Ways of reading
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.write(np.random.default_rng(0).bytes(40 * PAGE))
+        os.fsync(file.fileno())  # or nothing could be taken out of the page cache
+    return path
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("cold", [False, True], ids=["cached", "cold"])
+def test_every_way_reads_the_bytes_of_the_file(file, way, cold):
+    reader, content = opened(way, file), file.read_bytes()
+    for page, pages in [(0, 1), (3, 5), (39, 1), (0, 40)]:
+        into = Buffers().take(pages * PAGE)
+        if cold:
+            evict(file)
+        reader.read(page * PAGE, into)
+        assert into.tobytes() == content[page * PAGE : (page + pages) * PAGE]
+    reader.close()
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("cut", [10 * PAGE, 10 * PAGE + 100])
+def test_a_file_that_is_cut_while_it_is_open_is_named(file, way, cut):
+    reader = opened(way, file)
+    os.truncate(file, cut)
+    with pytest.raises(BankError, match=rf"{file} ends at byte {cut:,}; bytes 32,768 to 49,152"):
+        reader.read(8 * PAGE, Buffers().take(4 * PAGE))
+    reader.read(4 * PAGE, Buffers().take(4 * PAGE))
+
+
+def test_a_read_that_returns_less_is_continued(file, monkeypatch):
+    whole = os.preadv
+
+    def some(handle, buffers, offset):
+        return whole(handle, [buffers[0][:1000]], offset)
+
+    monkeypatch.setattr(os, "preadv", some)
+    into = Buffers().take(3 * PAGE)
+    Pread(file).read(PAGE, into)
+    assert into.tobytes() == file.read_bytes()[PAGE : 4 * PAGE]
+
+
+def test_an_error_of_the_disk_names_file_and_bytes(file, monkeypatch):
+    def fail(*_):
+        raise OSError(EIO, "Input/output error")
+
+    reader = Pread(file)
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(BankError, match=rf"cannot read bytes 4,096 to 8,192 of {file}: Input/out"):
+        reader.read(PAGE, Buffers().take(PAGE))
+
+
+@EVERY_WAY
+def test_a_missing_file_is_named(tmp_path, way):
+    with pytest.raises(BankError, match=rf"cannot open {tmp_path}/absent.*: No such file"):
+        WAYS[way](tmp_path / "absent")
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """A file system without direct reads."""
+    system = os.open
+
+    def refuse(path, flags, *rest):
+        if flags & os.O_DIRECT:
+            raise OSError(EINVAL, "Invalid argument")
+        return system(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+
+
+def test_a_file_system_that_refuses_direct_reads_is_told_of(refusing, folder, trained):
+    with pytest.raises(BankError, match=r"past the page cache \(O_DIRECT\); read with 'pread' or"):
+        StoredBank(folder, read="direct")
+    bank = StoredBank(folder)
+    assert set(bank.ways.values()) <= {"pread", "mmap"}
+    assert torch.equal(fetched(bank, 5), fetched(trained, 5))
+
+
+def test_a_map_does_not_stay_in_memory(tmp_path):
+    path, size = tmp_path / "file", 2**20
+    path.write_bytes(bytes(24 * size))
+    reader, into = Mapped(path), Buffers().take(size)
+    before = resident_files()
+    for offset in range(0, 24 * size, size):
+        reader.read(offset, into)
+    assert resident_files() - before < 8 * size
+
+
+def resident_files() -> int:
+    status = Path("/proc/self/status").read_text()
+    (kib,) = (line.split()[1] for line in status.splitlines() if line.startswith("RssFile"))
+    return 1024 * int(kib)
+
+
+@EVERY_WAY
+def test_the_fastest_way_is_taken(folder, monkeypatch, way):
+    opened(way, folder / "level3-1.bank").close()
+    layout = LevelLayout(3, SHAPE, "float32", None, None, 1)
+    tried = []
+    for name, kind in WAYS.items():
+        pause = 0.0 if name == way else 0.01
+
+        def read(reader, offset, into, plain=kind.read, pause=pause):
+            time.sleep(pause)
+            tried.append((offset, len(into)))
+            plain(reader, offset, into)
+
+        monkeypatch.setattr(kind, "read", read)
+    monkeypatch.setattr(reading_module, "SAMPLE", 2 * PAGE)
+    reader = fastest(folder / layout.file_name, layout)
+    assert reader.name == way
+    blocks = [(offset, size) for offset, size in tried if offset]  # direct tries the header
+    offsets = {offset for offset, _ in blocks}
+    ways = 3 if (0, PAGE) in tried else 2
+    assert len(offsets) == len(blocks) == 5 * ways, "never twice the same block"
+    assert {size for _, size in blocks} == {2 * PAGE}
+    assert {(offset - layout.records) % layout.stride for offset in offsets} == {0}
+
+
+def test_choosing_a_way_ends_in_time(folder, monkeypatch):
+    layout = LevelLayout(1, SHAPE, "float32", None, None, 1)
+    monkeypatch.setattr(reading_module, "SECONDS", 0.0)
+    seconds = reading_module._measure(
+        folder / layout.file_name, layout, {"pread": Pread(folder / layout.file_name)}
+    )
+    assert len(seconds["pread"]) == 1
+
+
+# Memory
+
+
+def test_memory_is_used_again_when_no_view_of_it_is_left():
+    buffers = Buffers()
+    array = buffers.take(5 * PAGE)
+    address, view = array.ctypes.data, torch.from_numpy(array)[PAGE:].view(torch.float32)
+    assert address % PAGE == 0
+    del array
+    assert buffers.take(5 * PAGE).ctypes.data != address, "a view is left"
+    del view
+    assert buffers.take(4 * PAGE).ctypes.data != address, "another size"
+    assert buffers.take(5 * PAGE).ctypes.data == address
+
+
+def test_no_more_memory_is_kept_than_the_limit():
+    buffers = Buffers(limit=10 * PAGE)
+    arrays = [buffers.take(4 * PAGE) for _ in range(5)]
+    assert buffers.nbytes == 0
+    arrays.clear()
+    assert buffers.nbytes == 8 * PAGE
+    buffers.take(11 * PAGE)
+    assert buffers.nbytes == 8 * PAGE, "what is too large by itself pushes nothing out"
+
+
+@pytest.mark.parametrize("size", [0, 1, PAGE - 1, PAGE + 1, 17 * 2**20])
+def test_any_size_can_be_taken(size):
+    array = Buffers().take(size)
+    array[:] = 1
+    assert array.nbytes == size
+
+
+# Cache
+
+
+def test_the_block_that_was_used_longest_ago_makes_place():
+    cache, blocks = RecordCache(30), {key: torch.tensor(key) for key in range(6)}
+    for key in (0, 1, 2):
+        cache.put(key, blocks[key], 10)
+    assert cache.get(0) is blocks[0]
+    cache.put(3, blocks[3], 10)
+    assert [key in cache for key in range(4)] == [True, False, True, True]
+    cache.put(4, blocks[4], 20)
+    assert [key in cache for key in range(5)] == [False, False, False, True, True]
+    assert (cache.nbytes, len(cache), cache.evicted) == (30, 2, 3)
+
+
+def test_a_block_larger_than_the_budget_is_not_kept_and_pushes_nothing_out():
+    cache = RecordCache(30)
+    cache.put("small", torch.tensor(0), 30)
+    cache.put("large", torch.tensor(0), 31)
+    assert ("small" in cache, "large" in cache, cache.nbytes) == (True, False, 30)
+
+
+def test_a_block_that_is_put_again_counts_once():
+    cache = RecordCache(30)
+    for value in range(3):
+        cache.put("a", torch.tensor(value), 12)
+    assert (cache.nbytes, cache.get("a")) == (12, torch.tensor(2))
+    assert cache.get("b") is None
+    assert (cache.hits, cache.misses) == (1, 1)
+
+
+def test_threads_may_share_a_cache():
+    cache = RecordCache(100)
+
+    def work(seed: int) -> None:
+        for key in np.random.default_rng(seed).integers(30, size=400).tolist():
+            found = cache.get(key)
+            assert found is None or found == key
+            cache.put(key, torch.tensor(key), 1 + key)
+            assert cache.nbytes <= 100
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert cache.nbytes == sum(1 + key for key in range(30) if key in cache)
+
+
+# Stored banks
+
+
+@pytest.fixture
+def pieces(monkeypatch):
+    """Blocks are read in pieces of a page."""
+    monkeypatch.setattr("models.bank.task.PIECE", PAGE)
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_fetch_gives_the_blocks_that_were_written(tmp_path, trained, way, dtype, pieces):
+    folder = write(tmp_path / "bank", trained, dtype)
+    opened(way, folder / "level3-1.bank").close()
+    bank = StoredBank(folder, read=way, cache_bytes=20 * STRIDES[1])
+    assert bank.ways == {1: way, 3: way}
+    for route in [(4,), (0, 26, 4, GENERIC, 4), (), (GENERIC, GENERIC), tuple(range(27))]:
+        expected = fetched(trained, *route).to(getattr(torch, dtype)).float()
+        assert torch.equal(fetched(bank, *route), expected)
+
+
+def test_a_block_can_be_asked_for_by_itself(tmp_path, trained):
+    bank = StoredBank(write(tmp_path / "bank", trained, "bfloat16"))
+    for level, node in [(1, 2), (3, 26)]:
+        assert torch.equal(bank.record(level, node), trained.record(level, node).bfloat16())
+    assert torch.equal(bank.record(0, 0), trained.generic.bfloat16().float())
+    for level, node in [(2, 0), (3, 27), (1, -1), (4, 0), (0, 1)]:
+        with pytest.raises(ValueError, match=f"there is no block {node} at level {level} of Bank"):
+            bank.record(level, node)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_results_are_in_the_dtype_that_is_asked_for(folder, trained, dtype):
+    expected = fetched(trained, 3, GENERIC).to(dtype)
+    for bank in (StoredBank(folder, dtype=dtype), StoredBank(folder).to(dtype)):
+        found = fetched(bank, 3, GENERIC)
+        assert found.dtype == dtype
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["ffn", "lora", "kv"])
+def test_a_model_with_a_stored_bank_gives_the_same_logits(tmp_path, kind):
+    options = BankOptions(branching=2, hidden=(3, 2), kind=kind)
+    pattern = [[SoftmaxAttention, partial(HierarchicalFFN, bank=options)]]
+    model = LanguageModel(16, vocab_size=11, n_layers=2, pattern=pattern).eval()
+    nn.init.normal_(model.bank.level2)
+    trained = model.bank
+
+    def records(level: int):
+        return (trained.record(level, node) for node in range(trained.shape.nodes(level)))
+
+    write_bank(tmp_path, trained.shape, records, dtype="float32")
+    tokens, route = torch.arange(10).view(2, 5), torch.tensor([3, GENERIC])
+    with torch.inference_mode():
+        expected = model(tokens, model.init_state(2, route)).y
+        generic = model(tokens).y
+        model.use_bank(StoredBank(tmp_path))
+        assert torch.equal(model(tokens, model.init_state(2, route)).y, expected)
+        assert torch.equal(model(tokens).y, generic)
+    assert not torch.equal(expected[0], generic[0])
+
+
+def test_a_result_is_not_written_over_while_it_is_in_use(folder, trained):
+    bank = StoredBank(folder, cache_bytes=0)
+    kept = [(leaf, fetched(bank, leaf)[:, 1]) for leaf in range(27)]
+    for leaf, found in kept:
+        assert torch.equal(found, fetched(trained, leaf)[:, 1])
+
+
+def test_a_stored_bank_has_nothing_to_train_or_to_save(folder):
+    bank = StoredBank(folder)
+    assert not list(bank.parameters())
+    assert not bank.state_dict()
+    assert not bank.fetch(torch.tensor([3, GENERIC])).requires_grad
+    assert fetched(bank.train(), *[3] * 50).equal(fetched(bank.eval(), *[3] * 50)), "never generic"
+
+
+@pytest.mark.parametrize("call", ["fetch", "prefetch"])
+@pytest.mark.parametrize("leaf", [27, -2])
+def test_routes_to_no_leaf_are_refused(folder, leaf, call):
+    bank = StoredBank(folder)
+    with pytest.raises(ValueError, match=f"routes must be from 0 to 26, .* got {min(3, leaf)} to"):
+        getattr(bank, call)(torch.tensor([3, leaf]))
+
+
+def test_a_bank_for_another_router_is_refused(folder):
+    StoredBank(folder, router="r" * 16).close()
+    with pytest.raises(BankError, match=r"written for the router rrrr.* and is used with ssss"):
+        StoredBank(folder, router="s" * 16)
+
+
+def test_each_distinct_block_of_a_call_is_read_once(folder):
+    bank = StoredBank(folder, cache_bytes=0)
+    fetched(bank, 0, 1, 1, 9, 0, GENERIC)  # leaves 0 and 1 are below one node of level 1
+    reads = bank.reads
+    assert (reads.fetches, reads.hits, reads.misses) == (1, 0, 5)
+    assert reads.file_bytes == 2 * STRIDES[1] + 3 * STRIDES[3]
+    assert reads.seconds > 0
+
+
+def test_blocks_that_were_read_come_from_the_cache(folder):
+    bank = StoredBank(folder, cache_bytes=STRIDES[1] + 2 * STRIDES[3])
+    for leaf, hits in [(0, 0), (1, 1), (0, 2), (2, 1), (1, 1), (0, 1)]:  # 1 gave way to 2
+        before = bank.reads.hits
+        fetched(bank, leaf)
+        assert bank.reads.hits - before == hits, leaf
+    assert bank.reads.hits + bank.reads.misses == 12
+
+
+def test_levels_may_have_caches_of_their_own(folder):
+    bank = StoredBank(folder, cache_bytes={1: 3 * STRIDES[1]})
+    for leaf in (0, 9, 18, 1, 10, 19, 0):
+        fetched(bank, leaf)
+    assert (bank.reads.hits, bank.reads.misses) == (4, 10)
+
+
+@pytest.mark.parametrize(
+    ("cache_bytes", "says"),
+    [
+        (-1, "cache_bytes must be 0 or more, got -1"),
+        ({1: -5}, "cache_bytes of level 1 must be 0 or more, got -5"),
+        ({2: 5}, r"cache_bytes names level 2; levels with blocks are \[1, 3\]"),
+    ],
+)
+def test_caches_that_cannot_be_are_refused(folder, cache_bytes, says):
+    with pytest.raises(ValueError, match=says):
+        StoredBank(folder, cache_bytes=cache_bytes)
+
+
+def damage(folder: Path, level: int, node: int) -> None:
+    """Flips a bit of a block; again, and it is as it was."""
+    layout = LevelLayout(level, SHAPE, "float32", None, None, 1)
+    with (folder / layout.file_name).open("r+b") as file:
+        file.seek(layout.offset(node) + 100)
+        byte = file.read(1)[0]
+        file.seek(layout.offset(node) + 100)
+        file.write(bytes([byte ^ 4]))
+
+
+@EVERY_WAY
+def test_a_damaged_block_is_refused_and_no_other(folder, trained, way):
+    opened(way, folder / "level3-1.bank").close()
+    damage(folder, 3, 7)
+    bank = StoredBank(folder, read=way)
+    with pytest.raises(BankError, match=rf"record 7 of {folder}/level3-1.bank is damaged"):
+        fetched(bank, 6, 7, 8)
+    assert torch.equal(fetched(bank, 6, 8), fetched(trained, 6, 8))
+    damage(folder, 3, 7)
+    assert torch.equal(fetched(bank, 7), fetched(trained, 7)), "a failure is not remembered"
+
+
+def test_a_bank_that_is_cut_while_it_is_open_is_named(folder, trained):
+    bank = StoredBank(folder)
+    os.truncate(folder / "level3-1.bank", 6 * STRIDES[3])
+    with pytest.raises(BankError, match=r"level3-1\.bank ends at byte .* cut while it was open"):
+        fetched(bank, 26)
+    assert torch.equal(fetched(bank, 0), fetched(trained, 0))
+
+
+@pytest.mark.parametrize("page", [0, 2, 3])
+def test_a_block_of_which_one_piece_cannot_be_read_is_refused(folder, monkeypatch, pieces, page):
+    bank, plain = StoredBank(folder, read="pread"), Pread.read
+    bad = LevelLayout(3, SHAPE, "float32", None, None, 1).offset(26) + page * PAGE
+
+    def read(reader, offset, into):
+        if offset == bad:
+            raise BankError("a bad page")
+        plain(reader, offset, into)
+
+    monkeypatch.setattr(Pread, "read", read)
+    for _ in range(2):
+        with pytest.raises(BankError, match="a bad page"):
+            fetched(bank, 25, 26)
+    assert fetched(bank, 25).isfinite().all()
+
+
+def test_a_block_is_read_by_many_threads_at_a_time(folder, trained, pieces, gate):
+    bank = StoredBank(folder, read="pread")
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(bank.record, 1, 2)
+        for _ in range(4):
+            assert gate.begun.acquire(timeout=10), "three threads and the one that waits"
+        gate.open.set()
+        assert torch.equal(found.result(timeout=10), trained.record(1, 2))
+    assert len(gate.reads) == len(set(gate.reads)) == 6
+
+
+# Reading ahead
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def idle(bank: StoredBank) -> None:
+    until(lambda: not bank._records._under_way)
+
+
+def test_blocks_that_were_read_ahead_are_not_read_again(folder, trained):
+    bank = StoredBank(folder)
+    bank.prefetch(torch.tensor([4, 5, 4, GENERIC]))
+    idle(bank)
+    assert torch.equal(fetched(bank, 4, 5), fetched(trained, 4, 5))
+    bank.prefetch(torch.tensor([4, 5]))
+    idle(bank)
+    assert (bank.reads.fetches, bank.reads.hits, bank.reads.misses) == (1, 3, 0)
+    assert bank.reads.file_bytes == STRIDES[1] + 2 * STRIDES[3]
+
+
+def test_a_fetch_waits_for_a_block_that_is_being_read_ahead(folder, trained, gate):
+    bank = StoredBank(folder, read="pread")
+    bank.prefetch(torch.tensor([4]))
+    assert gate.begun.acquire(timeout=10), "the block of level 1 is being read"
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(fetched, bank, 4)
+        assert gate.begun.acquire(timeout=10), "that of level 3, by the fetch"
+        gate.open.set()
+        assert torch.equal(found.result(timeout=10), fetched(trained, 4))
+    idle(bank)
+    assert len(gate.reads) == 2, "each block once"
+    assert (bank.reads.hits, bank.reads.misses) == (2, 0)
+
+
+def test_a_fetch_does_not_wait_for_what_others_read_ahead(folder, trained, gate):
+    bank = StoredBank(folder, read="pread")
+    gate.only_first = True
+    bank.prefetch(torch.arange(27))
+    assert gate.begun.acquire(timeout=10)
+    assert torch.equal(fetched(bank, 26), fetched(trained, 26))
+    assert not gate.open.is_set(), "the first block that is read ahead still waits"
+    gate.open.set()
+    idle(bank)
+    assert len(gate.reads) == len(set(gate.reads)) == 30, "each block once"
+
+
+def test_nothing_is_read_ahead_that_would_not_be_kept(folder):
+    bank = StoredBank(folder, cache_bytes={1: STRIDES[1]})
+    bank.prefetch(torch.tensor([4]))
+    idle(bank)
+    assert bank.reads.file_bytes == STRIDES[1]
+
+
+def test_what_could_not_be_read_ahead_fails_the_fetch_that_needs_it(folder, trained):
+    damage(folder, 3, 7)
+    bank = StoredBank(folder)
+    bank.prefetch(torch.tensor([6, 7, 8]))
+    idle(bank)
+    with pytest.raises(BankError, match=r"record 7 of .*level3-1\.bank is damaged"):
+        fetched(bank, 7)
+    assert torch.equal(fetched(bank, 6, 8), fetched(trained, 6, 8))
+
+
+def test_a_fetch_that_waits_for_a_block_read_ahead_learns_why_it_fails(folder, gate):
+    damage(folder, 1, 1)
+    bank = StoredBank(folder, read="pread")
+    bank.prefetch(torch.tensor([9]))
+    assert gate.begun.acquire(timeout=10)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(fetched, bank, 9)
+        assert gate.begun.acquire(timeout=10)
+        gate.open.set()
+        with pytest.raises(BankError, match=r"record 1 of .*level1-1\.bank is damaged"):
+            found.result(timeout=10)
+
+
+@EVERY_WAY
+def test_threads_may_fetch_and_read_ahead_at_once(folder, trained, way):
+    opened(way, folder / "level3-1.bank").close()
+    bank = StoredBank(folder, read=way, cache_bytes=9 * STRIDES[3])
+    routes = torch.randint(-1, 27, (4, 12, 3), generator=torch.Generator().manual_seed(0))
+
+    def serve(mine: torch.Tensor) -> None:
+        for now, later in zip(mine, mine.roll(-1, 0), strict=True):
+            bank.prefetch(later)
+            assert torch.equal(fetched(bank, *now.tolist()), fetched(trained, *now.tolist()))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(serve, routes))
+    idle(bank)
+    assert bank.reads.fetches == 48
+    distinct = [
+        {(1, i // 9) for i in r if i >= 0} | {(3, i) for i in r if i >= 0}
+        for r in routes.flatten(0, 1).tolist()
+    ]
+    assert bank.reads.hits + bank.reads.misses == sum(map(len, distinct))
+
+
+# Closing
+
+
+def test_a_closed_bank_is_closed(folder):
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    bank = StoredBank(folder)
+    fetched(bank, 3)
+    bank.close()
+    bank.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    for call in (bank.fetch, bank.prefetch):
+        with pytest.raises(BankError, match="the bank is closed; open it again"):
+            call(torch.tensor([3]))
+
+
+def test_a_block_of_which_pieces_are_left_is_given_up_when_the_bank_is_closed(folder, gate, pieces):
+    bank = StoredBank(folder, read="pread")
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.submit(bank.record, 1, 2)
+        for _ in range(4):
+            assert gate.begun.acquire(timeout=10)
+        (task,) = bank._records._under_way.values()
+        closing = pool.submit(bank.close)
+        until(lambda: task.error is not None)
+        assert not closing.done(), "it waits for what is being read"
+        gate.open.set()
+        with pytest.raises(BankError, match="the bank is closed; open it again"):
+            found.result(timeout=10)
+        closing.result(timeout=10)
+
+
+def test_a_fetch_during_which_the_bank_is_closed_says_so(folder, gate):
+    bank = StoredBank(folder, read="pread")
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.submit(fetched, bank, 0, 1, 2, 3, 4, 5)
+        until(lambda: len(bank._records._under_way) == 7)  # of which four are being read
+        tasks = list(bank._records._under_way.values())
+        closing = pool.submit(bank.close)
+        until(lambda: all(task.error for task in tasks))
+        gate.open.set()
+        with pytest.raises(BankError, match="the bank is closed; open it again"):
+            found.result(timeout=10)
+        closing.result(timeout=10)
+
+
+# What fetching costs
+
+
+PAPER = BankShape(places=24, branching=16, hidden=(512, 128, 32, 0), width=3 * 1024)
+DISK, FLASH, MEMORY = Tier("disk", 0.5e9), Tier("flash", 1e9), Tier("memory", 8e9)
+
+
+@pytest.mark.parametrize(
+    ("tiers", "milliseconds"),
+    [
+        ({1: DISK, 2: DISK, 3: DISK}, 198),
+        ({1: MEMORY, 2: FLASH, 3: DISK}, 37.8),
+        ({2: DISK, 3: DISK}, 47.2),
+    ],
+    ids=["flat", "tiered", "deeper levels only"],
+)
+def test_the_example_of_the_paper(tiers, milliseconds):
+    assert PAPER.places * PAPER.width == 73_728
+    seconds = fetch_seconds(PAPER, torch.bfloat16, tiers)
+    assert 1e3 * seconds == pytest.approx(milliseconds, rel=2e-3)
+
+
+def test_tiers_that_work_at_the_same_time_take_as_long_as_the_slowest():
+    tiers = {1: MEMORY, 2: FLASH, 3: FLASH}
+    both = FLASH.seconds(18_874_368) + FLASH.seconds(4_718_592)
+    assert fetch_seconds(PAPER, torch.bfloat16, tiers, parallel=True) == pytest.approx(both)
+
+
+def test_each_request_waits_once():
+    slow = Tier("far", 1e9, seconds_per_request=0.5)
+    at_once = fetch_seconds(PAPER, torch.bfloat16, {1: FLASH, 3: FLASH})
+    found = fetch_seconds(PAPER, torch.bfloat16, {1: slow, 3: slow})
+    assert found == pytest.approx(at_once + 1)
+
+
+def test_levels_without_blocks_cannot_be_fetched():
+    with pytest.raises(ValueError, match=r"level 4 has no blocks; .* are \[1, 2, 3\]"):
+        fetch_seconds(PAPER, torch.bfloat16, {4: DISK})
+
+
+def test_the_table_of_tiers():
+    lines = tier_table(PAPER, torch.bfloat16, [DISK, MEMORY]).splitlines()
+    assert lines[0] == "| level | blocks | MB of level | MB of fetch | ms, disk | ms, memory |"
+    assert lines[2] == "| 1 | 16 | 1,207.96 | 75.50 | 150.99 | 9.44 |"
+    assert lines[4] == "| 3 | 4,096 | 19,327.35 | 4.72 | 9.44 | 0.59 |"
+    assert lines[5] == "| all | 4,368 | 25,367.15 | 99.09 | 198.18 | 12.39 |"
