@@ -1,6 +1,6 @@
 """Ways to read records of a file into memory, and which of them is the fastest for a file.
 
-Records are whole pages at whole pages, as `LevelLayout` has them. Threads may read at the same time.
+Records are whole pages, as `LevelLayout` has them. Threads may read at the same time.
 """
 
 import mmap
@@ -24,7 +24,7 @@ from models.bank.layout import PAGE, LevelLayout
 Read = Literal["auto", "pread", "mmap", "direct"]
 
 SAMPLE = 4 * 2**20  # bytes that one try reads at most
-TRIES = 5  # of each way: with three ways, less than 64 MiB
+TRIES = 5  # of each way: with three ways, less than 64 MiB of a file
 SECONDS = 1.0  # after which no other round of tries begins
 
 
