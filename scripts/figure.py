@@ -112,7 +112,8 @@ def draw(lines: Sequence[Line], metric: str, title: str | None) -> str:
         import matplotlib
         from matplotlib.figure import Figure  # without pyplot, so it looks for no display
     except ImportError as error:
-        raise ReportError("this needs matplotlib: pip install -r requirements-figures.txt") from error
+        install = "pip install -r requirements-figures.txt"
+        raise ReportError(f"this needs matplotlib: {install}") from error
     lows = sorted({low for line in lines for low in line.columns})
     with matplotlib.rc_context(), io.StringIO() as file:
         matplotlib.rcdefaults()  # a user's own settings change nothing
