@@ -1,7 +1,7 @@
 """Files that are replaced whole, so that no reader and no crash ever sees a part of one."""
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +10,12 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of another when all is on disk, and never in part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """A file to write that takes the place of another when all is on disk, and never in part.
+
+    Its permissions are those of any new file.
+    """
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -19,10 +23,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)  # or a power cut could undo the renaming
+
+
+def sync_folder(folder: Path) -> None:
+    """Puts the names of a folder's files on disk."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)  # or a power cut could undo the renaming
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)

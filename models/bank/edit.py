@@ -1,8 +1,9 @@
 """Blocks that are deleted, replaced or taken out of a bank, and banks that are put together.
 
 An edit changes files in place, and a crash leaves all of its blocks changed or none (see
-`models.bank.journal`). A bank that is open for reading meanwhile has the checksums of when it was
-opened, and takes a new block for a damaged one: open it again after an edit.
+`models.bank.journal`). Who has the bank open for reading must open it again after an edit. A bank
+that was opened before has the checksums of then, and takes a new block for a damaged one; a
+`StoredBank` also goes on to give blocks that it has kept from before.
 
 A folder that cannot be written can be read, unless an edit of it was cut short. Then it must be
 opened once where it can be written.
@@ -88,7 +89,8 @@ def replace_blocks(folder: Path, records: Mapping[Node, Tensor]) -> None:
     Raises:
         BankError: there is no such bank or block, a record has another shape or is not finite in
             the dtype of the bank, another is writing it, or there is no room. Nothing is changed
-            then.
+            then. Or a file cannot be written while it is changed. The error says so, and the edit
+            is made when the bank is next opened.
     """
     _edit(folder, records, lambda node, layout: records[node])
 
@@ -198,7 +200,9 @@ def _patches(
         file = _level(levels, level)
         layout = file.layout
         file.require_node(node)
-        table = changed.setdefault(level, file.checksums.copy())
+        if level not in changed:
+            changed[level] = file.checksums.copy()
+        table = changed[level]
         data, table[node] = encode_block(layout, node, record((level, node), layout))
         yield Patch(layout.file_name, layout.offset(node), data)
         yield Patch(layout.file_name, layout.entry(node), words(table[node : node + 1]))

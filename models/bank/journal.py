@@ -13,19 +13,22 @@ and the next to open the bank makes the patches, once more or for the first time
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import xxhash
 
-from layers.atomic_file import replacing
+from layers.atomic_file import replacing, sync_folder
 from models.bank.errors import BankError
 from models.bank.layout import WORD
+from models.bank.level_file import read_header
 
 JOURNAL = "edit.journal"
+LEVEL_NAME = re.compile(r"level\d+-(\d+)\.bank")
 _LOCK = ".lock"
 _MAGIC = b"mnemejrn"
 _CHUNK = 2**20  # bytes read at a time
@@ -51,7 +54,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Makes this the only writer of a bank; the lock ends with the process, however it ends.
 
     Raises:
-        BankError: another is writing, or the folder is missing or not writable.
+        BankError: another is writing, the folder is missing, or its lock cannot be opened.
     """
     if not folder.is_dir():
         raise BankError(f"there is no memory bank in {folder}: no such folder")
@@ -88,7 +91,8 @@ def apply_journal(folder: Path) -> None:
     Doing it again does nothing new. A journal that is not whole is removed: its edit was not begun.
 
     Raises:
-        BankError: a file cannot be written; the journal stays.
+        BankError: a file cannot be written, or the journal names other files than levels of a bank
+            or other places than theirs; the journal stays.
     """
     path = folder / JOURNAL
     with told(path):
@@ -96,19 +100,22 @@ def apply_journal(folder: Path) -> None:
             journal = path.open("rb")
         except FileNotFoundError:
             return
-        with journal, ExitStack() as stack:
-            index = _index(journal)
-            names = {name for name, _, _ in index}
-            files = {n: stack.enter_context((folder / n).open("r+b")) for n in names}
-            journal.seek(0)
-            for name, offset, length in index:
-                files[name].seek(offset)
-                files[name].write(journal.read(length))
-            for file in files.values():
-                file.flush()
-                os.fsync(file.fileno())
-        path.unlink()
-        sync_folder(folder)
+        with journal:
+            _apply(folder, journal)
+    remove_journal(folder)
+
+
+def remove_journal(folder: Path) -> None:
+    """Removes a journal, if there is one, on disk when this returns; the caller holds the lock.
+
+    Raises:
+        BankError: it cannot be removed.
+    """
+    path = folder / JOURNAL
+    with told(path):
+        if path.exists():
+            path.unlink()
+            sync_folder(folder)
 
 
 def complete_edit(folder: Path) -> None:
@@ -118,34 +125,35 @@ def complete_edit(folder: Path) -> None:
     cannot be written. Where another process is making its edit, this waits for its end.
 
     Raises:
-        BankError: there is an edit to be made, and the folder is not writable.
+        BankError: there is an edit to be made, and it cannot be made here.
     """
-    while _has_whole_journal(folder):
+    while (folder / JOURNAL).exists():
         try:
             with _lock(folder) as held:
                 if held:
-                    apply_journal(folder)
+                    if _has_whole_journal(folder):
+                        apply_journal(folder)
                     return
         except BankError as error:
+            if not _has_whole_journal(folder):
+                return
             raise BankError(
-                f"an edit of the bank in {folder} was cut short; open it once where it can be "
-                f"written ({error})"
+                f"an edit of the bank in {folder} was cut short and cannot be made now; open the "
+                f"bank once where it can be written, or write it again ({error})"
             ) from error
         time.sleep(_WAIT)
 
 
-def sync_folder(folder: Path) -> None:
-    """Puts the names of a folder's files on disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 @contextmanager
-def told(path: Path, size: int | None = None) -> Iterator[None]:
+def told(
+    path: Path, size: int | None = None, *, then: str = "nothing that was saved is lost"
+) -> Iterator[None]:
     """Names the file, and the bytes that it needs, in errors of the system: a full disk and others.
+
+    Args:
+        path: of the file.
+        size: how many bytes it needs.
+        then: what is true after the error.
 
     Raises:
         BankError: in place of an OSError.
@@ -154,17 +162,16 @@ def told(path: Path, size: int | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         needs = "" if size is None else f", which needs {size:,} bytes"
-        raise BankError(
-            f"cannot write {path}{needs}: {error}; nothing that was saved is lost"
-        ) from error
+        raise BankError(f"cannot write {path}{needs}: {error}; {then}") from error
 
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
     """Whether this is the only writer meanwhile."""
     path, held = folder / _LOCK, False
+    can_wait_only = path.exists() and not os.access(path, os.W_OK)
     with told(path):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = os.open(path, os.O_RDONLY if can_wait_only else os.O_RDWR | os.O_CREAT, 0o666)
     try:
         with told(path), suppress(BlockingIOError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -182,6 +189,39 @@ def _has_whole_journal(folder: Path) -> bool:
         return False
 
 
+def _apply(folder: Path, journal: BinaryIO) -> None:
+    """Changes files as a journal says; none of them, if it says what no edit would."""
+    patches: dict[str, list[tuple[int, int, int]]] = {}
+    start = 0
+    for name, offset, length in _index(journal):
+        patches.setdefault(name, []).append((start, offset, length))
+        start += length
+    then = f"the edit is in {JOURNAL}, and will be made when the bank is next opened"
+    for name, places in patches.items():
+        with told(folder / name, then=then):
+            _require_in_level(folder, name, places)
+    for name, places in patches.items():
+        with told(folder / name, then=then), (folder / name).open("r+b") as file:
+            for start, offset, length in places:
+                journal.seek(start)
+                file.seek(offset)
+                file.write(journal.read(length))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _require_in_level(folder: Path, name: str, places: list[tuple[int, int, int]]) -> None:
+    """A journal comes with a bank, perhaps from others: it may change blocks and nothing else."""
+    remedy = f"which is no block of this bank; remove {JOURNAL}, or write the bank again"
+    if not LEVEL_NAME.fullmatch(name):
+        raise BankError(f"{folder / JOURNAL} would change {name!r}, {remedy}")
+    with (folder / name).open("rb") as file:
+        layout = read_header(folder / name, file)
+    for _, offset, length in places:
+        if not layout.table <= offset <= offset + length <= layout.file_bytes:
+            raise BankError(f"{folder / JOURNAL} would change {name} at {offset:,}, {remedy}")
+
+
 def _index(journal: BinaryIO) -> list[tuple[str, int, int]]:
     """The places of a journal's patches; none where it is not whole."""
     size = journal.seek(0, os.SEEK_END)
@@ -191,8 +231,12 @@ def _index(journal: BinaryIO) -> list[tuple[str, int, int]]:
     length, digest, magic = (journal.read(WORD) for _ in range(3))
     if magic != _MAGIC or _checksum(journal, size - 2 * WORD) != digest:
         return []
-    journal.seek(size - 3 * WORD - int.from_bytes(length, "little"))
-    return [tuple(place) for place in json.loads(journal.read()[: -3 * WORD])]
+    try:
+        journal.seek(size - 3 * WORD - int.from_bytes(length, "little"))
+        places = json.loads(journal.read()[: -3 * WORD])
+        return [(str(name), int(offset), int(count)) for name, offset, count in places]
+    except (OSError, OverflowError, TypeError, ValueError) as error:
+        raise BankError(f"{journal.name} contradicts itself: {error}") from error
 
 
 def _checksum(journal: BinaryIO, size: int) -> bytes:

@@ -46,7 +46,7 @@ class LevelFile:
         self.path = path
         try:
             with path.open("rb") as file:
-                self.layout = _read_header(path, file)
+                self.layout = read_header(path, file)
                 self.checksums = _read_checksums(path, file, self.layout)
         except OSError as error:
             raise BankError(f"cannot open {path}, a level of a bank: {error.strerror}") from error
@@ -62,8 +62,7 @@ class LevelFile:
             BankError: it is not what was written, or not all of it.
         """
         size = self.layout.record_bytes
-        view = data.data if isinstance(data, np.ndarray) else memoryview(data)
-        found = view.cast("B")[:size]
+        found = np.frombuffer(data, dtype=np.uint8)[:size].data
         if found.nbytes < size:
             raise BankError(
                 f"record {node} of {self.path} has {size:,} bytes, of which {found.nbytes:,} "
@@ -72,7 +71,8 @@ class LevelFile:
         if xxhash.xxh3_64_intdigest(found) != self.checksums[node]:
             raise BankError(
                 f"record {node} of {self.path} is damaged: its checksum is not that of its "
-                "bytes. Replace the block, or write the bank again"
+                "bytes. Replace the block, or write the bank again; or it was edited after this "
+                "file was opened: open the bank again"
             )
 
     def require_node(self, node: int) -> None:
@@ -103,6 +103,36 @@ def require_version(path: Path, fields: Mapping[str, Any]) -> None:
     """Raises BankError for a file of another version of the format."""
     if (version := fields.get("version")) != VERSION:
         raise BankError(f"{path} has version {version} of the format; this program reads {VERSION}")
+
+
+def read_header(path: Path, file: BinaryIO) -> LevelLayout:
+    """What a file says of itself; magic, JSON and checksum are where they are in every version.
+
+    Raises:
+        BankError: it is not a level of a bank, damaged, of another version, or of another length.
+    """
+    found = os.fstat(file.fileno()).st_size
+    magic, length = file.read(len(_MAGIC)), file.read(WORD)
+    if not magic or magic != _MAGIC[: len(magic)]:
+        raise BankError(f"{path} is not a level of a memory bank")
+    size = int.from_bytes(length, "little")
+    if found < PAGE:
+        raise BankError(f"{path} is cut short: it has {found:,} bytes, its header alone {PAGE:,}")
+    text = file.read(size) if size <= _LONGEST else b""
+    if _checksum(magic + length + text) != file.read(WORD):
+        raise BankError(f"the header of {path} is damaged; write the bank again")
+    fields = json.loads(text)
+    require_version(path, fields)
+    try:
+        layout = LevelLayout.from_json(fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BankError(f"the header of {path} contradicts itself: {error}") from error
+    if found != layout.file_bytes:
+        raise BankError(
+            f"{path} has {found:,} bytes where its {layout.nodes:,} records of {layout.stride:,} "
+            f"need {layout.file_bytes:,}; write the bank again"
+        )
+    return layout
 
 
 def header(layout: LevelLayout) -> bytes:
@@ -142,32 +172,6 @@ def _read_into(file: BinaryIO, data: bytearray) -> int:
     while count := file.readinto(view[found:]):  # type: ignore[attr-defined]
         found += count
     return found
-
-
-def _read_header(path: Path, file: BinaryIO) -> LevelLayout:
-    """What a file says of itself; magic, JSON and checksum are where they are in every version."""
-    found = os.fstat(file.fileno()).st_size
-    magic, length = file.read(len(_MAGIC)), file.read(WORD)
-    if not magic or magic != _MAGIC[: len(magic)]:
-        raise BankError(f"{path} is not a level of a memory bank")
-    size = int.from_bytes(length, "little")
-    if found < PAGE:
-        raise BankError(f"{path} is cut short: it has {found:,} bytes, its header alone {PAGE:,}")
-    text = file.read(size) if size <= _LONGEST else b""
-    if _checksum(magic + length + text) != file.read(WORD):
-        raise BankError(f"the header of {path} is damaged; write the bank again")
-    fields = json.loads(text)
-    require_version(path, fields)
-    try:
-        layout = LevelLayout.from_json(fields)
-    except (KeyError, TypeError, ValueError) as error:
-        raise BankError(f"the header of {path} contradicts itself: {error}") from error
-    if found != layout.file_bytes:
-        raise BankError(
-            f"{path} has {found:,} bytes where its {layout.nodes:,} records of {layout.stride:,} "
-            f"need {layout.file_bytes:,}; write the bank again"
-        )
-    return layout
 
 
 def _read_checksums(path: Path, file: BinaryIO, layout: LevelLayout) -> np.ndarray:

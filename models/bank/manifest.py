@@ -1,22 +1,25 @@
 """What a bank folder says it holds, and what opening it checks."""
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
 from layers.memory_bank import BankShape
 from models.bank.errors import BankError
-from models.bank.journal import complete_edit
-from models.bank.layout import VERSION, Dtype, LevelLayout, levels_of, shape_from_json
+from models.bank.journal import JOURNAL, LEVEL_NAME, complete_edit
+from models.bank.layout import PAGE, VERSION, Dtype, LevelLayout, levels_of, shape_from_json
 from models.bank.level_file import LevelFile, require_version
 
 MANIFEST = "manifest.json"
 _SHOWN = 12  # digits of a hash in a message
-_TRIES = 3  # of opening a bank that may be changing
+_TRIES = 5  # of reading a bank that changes each time
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -129,27 +132,69 @@ def open_levels(
 ) -> tuple[Manifest, dict[int, LevelFile]]:
     """A bank's manifest and the files of all its levels; as `read_manifest` otherwise.
 
-    A bank that is written or edited at the same moment may change between two of its files, and is
-    opened anew then.
+    A bank that is written or edited at the same moment is opened anew, see `retrying`.
 
     Raises:
         BankError: as `read_manifest` and `LevelFile`, or a file is missing or of another bank.
     """
+
+    def attempt() -> tuple[Manifest, dict[int, LevelFile]]:
+        manifest = read_manifest(folder, router=router, anchor=anchor)
+        return manifest, {level: open_level(folder, manifest, level) for level in manifest.levels}
+
+    return retrying(folder, attempt)
+
+
+def retrying(folder: Path, attempt: Callable[[], T]) -> T:
+    """What an attempt to read a bank gives, when no other process changes the bank meanwhile.
+
+    A bank that is written or edited may change between two reads of an attempt, which then takes a
+    sound bank for a damaged one. An attempt that fails is made again if the bank has changed since
+    it began, up to five times in all.
+
+    Args:
+        folder: of the bank.
+        attempt: begins with the manifest; lets go of what it has opened where it fails.
+
+    Raises:
+        BankError: of the attempt.
+    """
     for _ in range(_TRIES - 1):
-        with suppress(BankError):
-            return _open_levels(folder, router, anchor)
-    return _open_levels(folder, router, anchor)
-
-
-def _open_levels(
-    folder: Path, router: str | None, anchor: str | None
-) -> tuple[Manifest, dict[int, LevelFile]]:
-    manifest = read_manifest(folder, router=router, anchor=anchor)
-    return manifest, {level: open_level(folder, manifest, level) for level in manifest.levels}
+        before = _state(folder)
+        try:
+            return attempt()
+        except BankError:
+            if _state(folder) == before and not (folder / JOURNAL).exists():
+                raise
+    return attempt()
 
 
 def verify_bank(folder: Path) -> list[str]:
-    """Reads and checks every record of a bank; returns all problems, none of a sound one."""
+    """Reads and checks every record of a bank; returns all problems, none of a sound one.
+
+    A bank that is written or edited at the same moment is read anew, see `retrying`.
+    """
+
+    def attempt() -> None:
+        if problems := _problems(folder):
+            raise _Unsound(problems)
+
+    try:
+        retrying(folder, attempt)
+    except _Unsound as error:
+        return error.problems
+    return []
+
+
+class _Unsound(BankError):
+    """All problems of a bank."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+def _problems(folder: Path) -> list[str]:
     try:
         manifest = read_manifest(folder)
     except BankError as error:
@@ -167,6 +212,21 @@ def verify_bank(folder: Path) -> list[str]:
             except BankError as error:
                 problems.append(str(error))
     return problems
+
+
+def _state(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Differs after a write or an edit of a bank.
+
+    Files may change twice within a tick of the clock that stamps them. But each write has another
+    generation, and each edit another checksum of checksums, which follows the header.
+    """
+    found = {}
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.name == MANIFEST or LEVEL_NAME.fullmatch(path.name):
+                with suppress(OSError), path.open("rb", buffering=0) as file:
+                    found[path.name] = (path.stat().st_mtime_ns, file.read(2 * PAGE))
+    return found
 
 
 def _checksum(fields: dict[str, Any]) -> str:

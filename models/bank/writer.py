@@ -12,16 +12,15 @@ import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
-from layers.atomic_file import replacing
+from layers.atomic_file import replacing, sync_folder
 from layers.memory_bank import BankShape
 from models.bank.errors import BankError
-from models.bank.journal import JOURNAL, apply_journal, locked, sync_folder, told
+from models.bank.journal import JOURNAL, LEVEL_NAME, apply_journal, locked, remove_journal, told
 from models.bank.layout import Dtype, LevelLayout
 from models.bank.level_file import checksum_table, header
-from models.bank.manifest import MANIFEST, Manifest, read_manifest
+from models.bank.manifest import MANIFEST, Manifest
 
-_LEVEL = re.compile(r"level\d+-(\d+)\.bank")
-_PART = re.compile(rf"\.({_LEVEL.pattern}|{MANIFEST}|{JOURNAL})\.\w+")  # left by `replacing`
+_PART = re.compile(rf"\.({LEVEL_NAME.pattern}|{MANIFEST}|{JOURNAL})\.\w+")  # left by `replacing`
 
 
 def write_bank(
@@ -59,7 +58,10 @@ def write_bank(
     kept_facts = json.loads(json.dumps(facts or {}))
     _make(folder)
     with locked(folder):
-        apply_journal(folder)
+        with suppress(
+            BankError
+        ):  # of a broken bank: its journal stays until the newer one is there
+            apply_journal(folder)
         older = _in_use(folder)
         generation = max(_generations(folder).values(), default=0) + 1
         manifest = Manifest(generation, shape, dtype, router, anchor, kept_facts)
@@ -72,6 +74,7 @@ def write_bank(
             published = _names(folder, manifest)  # so that what failed came after it
             _remove_all_but(folder, older | ({generation} if published else set()))
             raise
+        remove_journal(folder)
         _remove_all_but(folder, {generation})
     return manifest
 
@@ -89,12 +92,11 @@ def encode_block(
         raise BankError(
             f"{where} must have the shape {layout.record_shape}, got {tuple(record.shape)}"
         )
-    numbers = record.detach().to("cpu", layout.torch_dtype)
-    if not bool(numbers.isfinite().all()):
+    data = layout.encode(record)
+    if not bool(layout.decode(data).isfinite().all()):
         raise BankError(
             f"{where} is not finite in {layout.dtype}, and only finite blocks can be stored"
         )
-    data = layout.encode(numbers)
     return data, xxhash.xxh3_64_intdigest(data)
 
 
@@ -126,11 +128,12 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def _in_use(folder: Path) -> set[int]:
     """Generations whose files are to be kept: the manifest's, or all if that cannot be read."""
-    if not (folder / MANIFEST).exists():
+    path = folder / MANIFEST
+    if not path.exists():
         return set()
     try:
-        return {read_manifest(folder).generation}
-    except BankError:
+        return {Manifest.from_bytes(path, path.read_bytes()).generation}
+    except (BankError, OSError):
         return set(_generations(folder).values())
 
 
@@ -143,7 +146,7 @@ def _names(folder: Path, manifest: Manifest) -> bool:
 
 def _generations(folder: Path) -> dict[Path, int]:
     """Of all files of levels."""
-    found = {path: _LEVEL.fullmatch(path.name) for path in folder.iterdir()}
+    found = {path: LEVEL_NAME.fullmatch(path.name) for path in folder.iterdir()}
     return {path: int(match[1]) for path, match in found.items() if match}
 
 

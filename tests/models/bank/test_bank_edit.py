@@ -1,8 +1,11 @@
 """Blocks that are deleted, replaced and taken out; banks that are put together."""
 
+import os
 import resource
+import select
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +24,9 @@ from models.bank import (
     replace_block,
     replace_blocks,
     verify_bank,
+    write_bank,
 )
-from models.bank.journal import JOURNAL, apply_journal, locked
+from models.bank.journal import JOURNAL, Patch, apply_journal, locked, write_journal
 from tests.models.bank.banks import NODES, SHAPE, block, contents, damage, finish, fork, save
 
 
@@ -225,7 +229,7 @@ def test_a_journal_that_is_not_whole_is_ignored(cut_short):
 def test_an_edit_to_be_made_in_a_folder_that_cannot_be_written_is_named(cut_short):
     (cut_short / ".lock").unlink()
     (cut_short / ".lock").mkdir()  # as root may write everywhere
-    with pytest.raises(BankError, match=r"was cut short; open it once where it can be written \("):
+    with pytest.raises(BankError, match=r"was cut short .*; open the bank once where it can be w"):
         read_manifest(cut_short)
     (cut_short / JOURNAL).unlink()
     assert_blocks(cut_short, {})
@@ -241,6 +245,92 @@ def test_a_reader_waits_for_an_edit_of_another(cut_short):
         apply_journal(cut_short)
     reader.join()
     assert torch.equal(found[0], some(3).bfloat16())
+
+
+def test_a_reader_who_may_not_write_waits_for_an_edit_of_another(cut_short):
+    for path in (cut_short, *cut_short.iterdir()):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    (cut_short / ".lock").chmod(0o444)
+    begins, begin = os.pipe()
+
+    def read(report):
+        os.read(begins, 1)
+        os.chdir(cut_short)  # another user may not come in from above
+        if os.geteuid() == 0:
+            os.setuid(65534)  # as root may write everywhere
+        report(torch.equal(export_block(Path(), 3, 5), some(3).bfloat16()))
+
+    child, out = fork(read)  # before the lock, which it would have as well
+    with locked(cut_short):
+        os.write(begin, b"1")
+        assert not select.select([out], [], [], 0.05)[0], "it waits"
+        apply_journal(cut_short)
+    assert finish(child, out)[0] == ["True"]
+
+
+@pytest.mark.parametrize(
+    ("file", "offset"),
+    [
+        ("../victim.txt", 0),
+        ("{outside}/victim.txt", 0),
+        ("manifest.json", 0),
+        ("level3-1.bank", 4095),
+        ("level3-1.bank", -2),
+        ("level3-1.bank", 8192 + 8 * 4096 - 1),
+        ("level3-1.bank", 2**70),
+    ],
+)
+def test_a_journal_may_change_blocks_of_its_bank_and_nothing_else(tmp_path, file, offset):
+    bank, victim = tmp_path / "bank", tmp_path / "victim.txt"
+    save(bank)
+    victim.write_bytes(b"precious")
+    name = file.format(outside=tmp_path)
+    write_journal(bank, [Patch("level1-1.bank", 8192, b"ab"), Patch(name, offset, b"ab")])
+    before = contents(bank)
+    with pytest.raises(BankError, match=r"would change .*; remove edit\.journal, or write"):
+        read_manifest(bank)
+    assert contents(bank) == before
+    save(bank, seed=1)
+    assert_blocks(bank, {}, seed=1, dtype=torch.float32)
+    assert victim.read_bytes() == b"precious"
+
+
+def test_a_link_out_of_the_bank_is_not_followed_to_what_is_no_bank(cut_short):
+    victim = cut_short / "victim.txt"
+    victim.write_bytes(bytes(100_000))
+    (cut_short / "level3-1.bank").unlink()
+    (cut_short / "level3-1.bank").symlink_to(victim)
+    with pytest.raises(BankError, match="is not a level of a memory bank"):
+        read_manifest(cut_short)
+    assert victim.read_bytes() == bytes(100_000)
+
+
+def test_an_edit_that_fails_while_files_are_changed_is_made_later(bank):
+    def write(report):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # enough for the journal
+        try:
+            replace_blocks(bank, {(1, 0): some(1), (3, 7): some(3)})
+        except BankError as error:
+            report(error)
+
+    (message,), _ = finish(*fork(write))
+    assert "cannot write" in message
+    assert "level3-1.bank: [Errno 27]" in message
+    assert "the edit is in edit.journal, and will be made when the bank is next opened" in message
+    assert_blocks(bank, {(1, 0): some(1), (3, 7): some(3)})
+
+
+def test_a_bank_whose_edit_cannot_be_made_can_be_written_again(cut_short):
+    (cut_short / "level3-1.bank").unlink()
+    with pytest.raises(BankError, match=r"level3-1\.bank: .*No such file"):
+        read_manifest(cut_short)
+    before = contents(cut_short)
+    with pytest.raises(BankError, match="only 0 were given"):
+        write_bank(cut_short, SHAPE, lambda level: [], dtype="float32")
+    assert contents(cut_short) == before, "the file may yet be found"
+    save(cut_short, seed=1)
+    assert not (cut_short / JOURNAL).exists()
+    assert_blocks(cut_short, {}, seed=1, dtype=torch.float32)
 
 
 # Merging

@@ -1,6 +1,7 @@
 """Files of memory banks: what they hold, how they are replaced, and which are refused."""
 
 import json
+import os
 import resource
 import weakref
 from dataclasses import replace
@@ -19,6 +20,7 @@ from models.bank import (
     manifest,
     open_levels,
     read_manifest,
+    replace_block,
     verify_bank,
     write_bank,
 )
@@ -185,6 +187,55 @@ def test_a_bank_that_is_replaced_while_it_is_opened_is_opened_anew(tmp_path, mon
     assert torch.equal(levels[0].read(0), block(0, 0, seed=1))
 
 
+@pytest.fixture
+def opened(monkeypatch):
+    """The files that were opened so far, by their levels."""
+    found, opening = [], manifest.open_level
+
+    def noted(folder, of, level):
+        found.append(level)
+        return opening(folder, of, level)
+
+    monkeypatch.setattr(manifest, "open_level", noted)
+    return found
+
+
+@pytest.mark.parametrize("change", [save, lambda folder: replace_block(folder, 3, 2, block(3, 0))])
+def test_a_bank_that_changes_while_it_is_verified_is_verified_anew(
+    tmp_path, opened, monkeypatch, change
+):
+    save(tmp_path)
+    reading = LevelFile.read
+
+    def late(file, node):
+        if len(opened) == 3:
+            opened.append("change")
+            change(tmp_path)
+        return reading(file, node)
+
+    monkeypatch.setattr(LevelFile, "read", late)
+    assert verify_bank(tmp_path) == []
+    assert opened[-3:] == [0, 1, 3]
+
+
+def test_a_damaged_bank_is_read_once(tmp_path, opened):
+    save(tmp_path)
+    damage(first_file(tmp_path), 8192)
+    assert len(verify_bank(tmp_path)) == 1
+    assert opened == [0, 1, 3]
+    with pytest.raises(BankError):
+        open_levels(tmp_path, router=HASH)
+
+
+def test_files_may_be_read_by_those_who_may_read_new_files(tmp_path):
+    older = os.umask(0o027)
+    try:
+        save(tmp_path)
+    finally:
+        os.umask(older)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+
+
 def test_a_full_disk_is_one_error_and_leaves_the_older_bank(tmp_path):
     """A limit on the size of files stands for it: EFBIG comes from the same calls as ENOSPC."""
     save(tmp_path)
@@ -275,7 +326,7 @@ def test_a_manifest_that_is_none_is_named(bank, content):
 def test_a_flipped_bit_of_a_manifest_is_found_wherever_it_is(bank):
     path = bank / "manifest.json"
     original = path.read_bytes()
-    for at in range(0, len(original), 17):
+    for at in range(0, len(original), 61):
         damage(path, at)
         with pytest.raises(BankError):
             read_manifest(bank)

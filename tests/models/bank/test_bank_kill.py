@@ -106,7 +106,7 @@ def test_a_kill_between_any_two_calls_leaves_the_older_or_the_newer_bank(tmp_pat
         left = restored(tmp_path / f"{i}", files)
         steps.append(step_of(left))
         assert contents(left) == files, "reading writes nothing"
-        if i == 0 or set(files) != set(moments[i - 1]):
+        if i == 0 or len(files) != len(moments[i - 1]):  # a file has come, or one has gone
             write(left, 3)
             assert len(contents(left)) == 4, "the next write removes what this one has left"
     assert steps == sorted(steps)
