@@ -20,10 +20,12 @@ from layers.protocol import (
     LayerList,
     Output,
     Recipe,
+    RoutedLayer,
     SavingLayer,
     State,
     join_aux,
     require_at_least,
+    start_state,
 )
 from layers.registry import register
 from layers.rotary import rotate
@@ -83,7 +85,7 @@ class CrossAttention(nn.Module):
         "norm": False,
     },
 )
-class CrossDecoder(Layer):
+class CrossDecoder(RoutedLayer):
     """The decoder of SambaY (arXiv 2507.06607) from the memory that its later layers share.
 
     Each line is a pre-norm residual step, `h + f(norm(h))`:
@@ -164,11 +166,11 @@ class CrossDecoder(Layer):
             h = feed(reader(h, (read,)).y)
         return Output(h - x, CrossDecoderState(memory, cache, tuple(fed)), join_aux(auxes))
 
-    def init_state(self, batch_size: int) -> CrossDecoderState:
+    def init_state(self, batch_size: int, route: Any = None) -> CrossDecoderState:
         """A memory and a cache before the first token."""
-        (memory,) = self.memory.init_state(batch_size)
-        (cache,) = self.attention.init_state(batch_size)
-        fed = tuple(inner for ffn in self.ffns for inner in ffn.init_state(batch_size))
+        (memory,) = start_state(self.memory, batch_size, route)
+        (cache,) = start_state(self.attention, batch_size, route)
+        fed = tuple(inner for ffn in self.ffns for inner in start_state(ffn, batch_size, route))
         return CrossDecoderState(memory, cache, fed)
 
     def state_size(self, seq_len: int) -> int:

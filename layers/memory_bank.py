@@ -38,9 +38,9 @@ class BankOptions:
             of its route; None for 1 / (k + 1), as in arXiv 2510.02375.
         update: how a step writes blocks: "lazy" is Adam for those that were fetched, "rowwise"
             Adagrad with one accumulator a block; both leave every other block and its state
-            alone. "dense" gives them to the model's optimiser.
+            alone. "dense" gives them to the model's optimiser, which always has the generic block.
         lr_multiplier: of blocks, times the model's learning rate.
-        weight_decay: of the blocks that a step writes.
+        weight_decay: of the blocks that a step writes; default 0 (arXiv 2510.02375: 1e-3).
 
     Raises:
         ValueError: an option is out of range.
@@ -56,6 +56,7 @@ class BankOptions:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
+        object.__setattr__(self, "hidden", tuple(self.hidden))
         require_at_least(2, branching=self.branching)
         require_choice(Kind, kind=self.kind)
         require_choice(Update, update=self.update)
@@ -297,6 +298,8 @@ class BankReader(nn.Module):
 
 def require_routes(route: Tensor, shape: BankShape) -> None:
     """Raises ValueError for a route that leads to no leaf."""
+    if route.is_floating_point():
+        raise ValueError(f"routes must be integers, got {route.dtype}")
     if route.numel() and not bool(((route >= GENERIC) & (route < shape.leaves)).all()):
         raise ValueError(
             f"routes must be from 0 to {shape.leaves - 1}, the leaves of a tree of {shape.depth} "

@@ -118,7 +118,12 @@ class LanguageModel(nn.Module):
             route: a leaf of the bank's tree for each sequence, whose blocks are fetched once for
                 all layers; -1, or no route at all, fetches the generic block. A model without a
                 bank has no use for it.
+
+        Raises:
+            ValueError: there are more or fewer routes than sequences, or one leads nowhere.
         """
+        if route is not None and len(route) != batch_size:
+            raise ValueError(f"{len(route)} routes were given for {batch_size} sequences")
         fetched = None
         if self.bank is not None and route is not None:
             fetched = Fetched(self.bank.fetch(route))

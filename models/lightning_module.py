@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from layers import State, Usage, UsageMeter, is_loss, metering, with_shared_tables
+from layers import GENERIC, State, Usage, UsageMeter, is_loss, metering, with_shared_tables
 from models.clipping import MAIN, clip_by_groups
 from models.diagnosis import NonFiniteError, first_nonfinite, nonfinite_gradients
 from models.language_model import LanguageModel
@@ -200,12 +200,15 @@ class SequenceModule(LightningModule):
 def state_before(model: LanguageModel, batch: Batch) -> State:
     """The start of each sequence, with the blocks of its route, if it has one and the model a bank.
 
-    In training, a bank gives some sequences its generic block instead (`MemoryBank`).
+    In training, a bank gives some sequences its generic block instead (`MemoryBank`), and all where
+    the task has no routes: its tables then have a part in the loss, as processes that average
+    gradients expect of all parameters.
     """
-    if model.bank is None or batch.route is None:
+    if model.bank is None or (batch.route is None and not model.training):
         return None
-    device = next(model.parameters()).device
-    return model.init_state(len(batch.inputs), batch.route.to(device))
+    device, count = next(model.parameters()).device, len(batch.inputs)
+    route = torch.full((count,), GENERIC) if batch.route is None else batch.route
+    return model.init_state(count, route.to(device))
 
 
 def _reseed(device: torch.device, seed: int) -> None:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from harness.build import build
 from harness.compose import CONFIG_DIR, compose_checked
-from layers import detach_state, state_tensors
+from layers import GENERIC, HierarchicalFFN, detach_state, state_tensors
 from models import budget
 from models.parameter_groups import make_optimizer
 from tests.helpers import assert_close, assert_states_close, run_in_pieces
@@ -97,6 +97,22 @@ def test_a_model_without_state_kept_returns_the_same_logits(mixer, pattern):
     output = model(x, keep_state=False)
     assert output.state is None
     assert torch.equal(output.y, model(x).y)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_route_reaches_every_layer_that_reads_the_bank(pattern):
+    model = small_model("attention", pattern, "ffn=bank")
+    readers = [layer for layer in model.modules() if isinstance(layer, HierarchicalFFN)]
+    if not readers:
+        pytest.skip("this pattern has no place for the feed-forward that is chosen")
+    route, x = torch.tensor([3, GENERIC]), tokens()
+    wanted = model.bank.eval().fetch(route)
+    read = []
+    for layer in readers:
+        layer.register_forward_pre_hook(lambda _, given: read.append(given[1]))
+    model.eval()(x, model.init_state(2, route))
+    assert len(read) == len(readers)
+    assert all(torch.equal(blocks, wanted[:, i]) for i, blocks in enumerate(read))
 
 
 @every_model

@@ -283,3 +283,26 @@ def test_blocks_learn_to_answer(update):
         F.cross_entropy(logits, answers).backward()
         optimizer.step()
     assert torch.equal(logits.argmax(-1), answers)
+
+
+def test_recomputed_blocks_have_the_same_gradients():
+    model, gradients = banked().train(), []
+    for again in (False, True):
+        model.checkpoint_blocks = again
+        model.zero_grad()
+        loss_of(model, tokens_of(3), [0, 1, 26]).backward()
+        gradients.append([p.grad.to_dense() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(once, twice) for once, twice in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("route", "message"),
+    [
+        (torch.tensor([0]), "1 routes were given for 2 sequences"),
+        (torch.tensor([0, 27]), "routes must be from 0 to 26, .* got 0 to 27"),
+    ],
+    ids=["too few", "no leaf"],
+)
+def test_routes_that_lead_nowhere(route, message):
+    with pytest.raises(ValueError, match=message):
+        banked().init_state(2, route)
