@@ -9,6 +9,8 @@ from torch import Tensor
 
 from harness.check import ConfigError
 from harness.checkpoints import (
+    BANK,
+    check_router,
     checkpoint_vocabulary,
     model_weights,
     read_checkpoint,
@@ -17,7 +19,6 @@ from harness.run_directory import RunError, find_run
 from models import LanguageModel
 from tasks.base import Task
 
-BANK = "bank."  # what names of a bank's weights begin with
 _LISTED = 8  # weights that do not fit, in one message
 
 
@@ -52,6 +53,7 @@ def start_from(where: str, model: LanguageModel, task: Task) -> Anchor:
         run, file = find_run(where)
         path = file or run.best
         checkpoint = read_checkpoint(path)
+        check_router(checkpoint, task)
     except RunError as error:
         raise ConfigError([f"start_from: {error}"]) from error
     weights = model_weights(checkpoint)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from harness.checkpoints import EndOfStep
@@ -39,10 +39,6 @@ class SaveBank(EndOfStep):
         """Saves when it is time."""
         if self.every is not None and trainer.global_step % self.every == 0:
             self.save(trainer)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the final blocks."""
-        self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
         """Writes the bank, once per step and by one process; says so when it is on disk."""

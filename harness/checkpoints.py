@@ -19,6 +19,7 @@ from tasks.base import Task
 
 FORMAT = 1
 _KEY = "mneme"
+BANK = "bank."  # what names of a memory bank's weights begin with
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -77,6 +78,26 @@ def read_checkpoint(
 def checkpoint_vocabulary(checkpoint: dict[str, Any]) -> str:
     """What the token ids meant to the model, as `Task.vocabulary` says it."""
     return str(checkpoint[_KEY]["vocabulary"])
+
+
+def check_router(checkpoint: dict[str, Any], task: Task) -> None:
+    """Refuses routes by which a bank's blocks mean something else.
+
+    Raises:
+        RunError: the checkpoint has a bank that was trained by another router than the task's.
+    """
+    trained_by = checkpoint[_KEY].get("router")
+    has_bank = any(name.startswith(BANK) for name in model_weights(checkpoint))
+    if has_bank and task.leaves is not None and task.router != trained_by:
+        raise RunError(
+            f"routes of the task {task.name!r} are of {_router(task.router)}, and the bank was "
+            f"trained by {_router(trained_by)}: its blocks would mean something else; a run keeps "
+            "its router, which task.routing.folder=RUN/router takes"
+        )
+
+
+def _router(found: str | None) -> str:
+    return "no router" if found is None else f"router {found[:12]}"
 
 
 def checkpoint_config(checkpoint: dict[str, Any]) -> Config:
@@ -158,6 +179,7 @@ class Checkpoints(EndOfStep):
             "format": FORMAT,
             "config": json.dumps(config),
             "vocabulary": task.vocabulary,
+            "router": task.router,
         }
         self.best: float | None = None
         self.saved_step = -1

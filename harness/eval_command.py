@@ -14,7 +14,12 @@ from rich.table import Table
 
 from harness.build import build
 from harness.check import TARGET, Config, ConfigError
-from harness.checkpoints import checkpoint_config, checkpoint_vocabulary, read_checkpoint
+from harness.checkpoints import (
+    check_router,
+    checkpoint_config,
+    checkpoint_vocabulary,
+    read_checkpoint,
+)
 from harness.compose import CONFIG_DIR, compose_group, parse_overrides
 from harness.console import reference_line
 from harness.evaluation import Evaluation, FitError, check_fit, evaluate, lengthened, restore_model
@@ -81,6 +86,7 @@ def evaluate_command(arguments: Sequence[str]) -> list[Evaluation]:
     tasks = _tasks(task, asked.lengths or _default_lengths(task, given_length))
     model = restore_model(config, checkpoint)
     check_fit(checkpoint_vocabulary(checkpoint), model, tasks[0])
+    check_router(checkpoint, tasks[0])
     if asked.telemetry:
         _check_telemetry(run, model)
     if asked.usage:

@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from harness.check import Config
-from harness.checkpoints import check_same_run, read_checkpoint
+from harness.checkpoints import check_router, check_same_run, read_checkpoint
 from harness.compose import Composed
 from harness.console import reference_line, say
 from harness.loggers import read_metrics
@@ -87,6 +87,8 @@ def resume_run(where: str, others: Sequence[str] = ()) -> None:
     if run.read_summary().get("status") == "finished":
         raise RunError(f"the run in {run.path} has finished, after {step} steps")
     prepared = prepare(config, resumed=bool(step))
+    if step:
+        check_router(read_checkpoint(run.last, mapped=True), prepared.task)
     _report(run, prepared, train(prepared, run, resume_step=step))
 
 

@@ -89,11 +89,12 @@ def record_trace(
             it may be shorter than asked for.
         precision: the trainer's.
     """
-    ids, targets = _first_sequence(task, split, count)
+    ids, targets, route = _first_sequence(task, split, count)
     device = next(model.parameters()).device
     bits = []
     with torch.inference_mode(), mixed_precision(device, precision):
-        state = model.init_state(1)  # not recorded: some memories read before the first token
+        # not recorded: some memories read before the first token
+        state = model.init_state(1, None if route is None else route.to(device))
         with recording() as record:
             for piece, wanted in zip(ids.split(PIECE), targets.split(PIECE), strict=True):
                 logits, state, _ = model(piece[None].to(device), state)
@@ -179,10 +180,17 @@ def _columns(layers: dict[str, dict[str, Tensor]]) -> Iterator[tuple[str, Tensor
                 yield f"{layer}/{name}/head{head}", column
 
 
-def _first_sequence(task: Task, split: EvalSplit, count: int) -> tuple[Tensor, Tensor]:
-    """Ids and targets, `[T]`, of the first row of the first batch and of those continuing it."""
-    rows, held = [], 0
+def _first_sequence(
+    task: Task, split: EvalSplit, count: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids and targets, `[T]`, of the first row of the first batch and of those continuing it.
+
+    And its route, `[1]`, where the task has routes.
+    """
+    rows: list[Tensor] = []
+    held, route = 0, None
     for batch in task.eval_batches(split):
+        route = batch.route[:1] if batch.route is not None and not rows else route
         rows.append(torch.stack([batch.inputs[0], batch.targets[0]]))
         held += batch.inputs.shape[1]
         if held >= count or not task.continues:
@@ -191,7 +199,7 @@ def _first_sequence(task: Task, split: EvalSplit, count: int) -> tuple[Tensor, T
     if task.continues:  # what follows the last target only pads the last batch
         end = int((targets != IGNORE).nonzero().max()) + 1
         ids, targets = ids[:end], targets[:end]
-    return ids, targets
+    return ids, targets, route
 
 
 def _bits(logits: Tensor, targets: Tensor) -> Tensor:

@@ -127,12 +127,21 @@ def train(
             unvalidated = not last_validation(run.metrics, trainer.global_step)
             if trainer.strategy.broadcast(unvalidated):  # all processes must agree
                 trainer.validate(module, datamodule=task, verbose=False)
+            _save_bank(trainer)
     except BaseException as error:
         run.write_summary(status=_status(error), error=str(error))
         raise
     done = trainer.global_step == trainer.max_steps
     status = "finished" if done else "interrupted"
     return run.write_summary(status=status, error=None, **_results(run, trainer, module, task))
+
+
+def _save_bank(trainer: Trainer) -> None:
+    """Writes the final blocks, also those of a run that was stopped after its last step."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, SaveBank):
+            callback.save(trainer)
 
 
 def _record_start(prepared: Prepared, run: RunDirectory, resume_step: int) -> None:
