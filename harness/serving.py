@@ -148,11 +148,11 @@ def answer(served: Served, prompt: str, *, route: int, tokens: int, temperature:
     with torch.inference_mode():
         state = model.init_state(1, torch.tensor([route], device=ids.device))
     now = served.bank.reads
-    started = time.perf_counter()
+    started = _clock(ids.device)
     new, state = generate(model, ids, 1, temperature=temperature, state=state)
-    read = time.perf_counter()
+    read = _clock(ids.device)
     more, _ = generate(model, new, tokens - 1, temperature=temperature, state=state)
-    ended = time.perf_counter()
+    ended = _clock(ids.device)
     return Answer(
         text=served.words.decode(torch.cat([new, more], dim=1)[0].tolist()),
         route=route,
@@ -162,6 +162,13 @@ def answer(served: Served, prompt: str, *, route: int, tokens: int, temperature:
         prefill=read - started,
         decode=(ended - read) / (tokens - 1) if tokens > 1 else None,
     )
+
+
+def _clock(device: torch.device) -> float:
+    """Seconds, once all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _ids(served: Served, prompt: str) -> Tensor:

@@ -1,8 +1,8 @@
 """Deletes blocks of a trained memory bank, in memory, and asks the run's facts again.
 
-For a few leaves, and for each level of the way to them, one block is set to zero: what is lost of
-the facts whose questions read that block, and what of all others? Needs a run of task=rare_facts
-with ffn=bank; nothing of it is changed.
+For a few leaves, the blocks on the way to them are set to zero, one at a time and then all at once:
+what is lost of the facts whose questions read all that was deleted, and what of all others? Needs a
+run of task=rare_facts with ffn=bank; nothing of it is changed.
 """
 
 import argparse
@@ -54,20 +54,18 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Deletion:
-    """One block less.
+    """One block less, or several.
 
     Attributes:
-        leaf: the block is on the way to.
-        level: of the block.
-        node: likewise.
-        facts: whose questions read it.
+        leaf: the blocks are on the way to.
+        levels: of the blocks.
+        facts: whose questions read all of them.
         own: accuracy on those, before and after.
         others: accuracy on all others, before and after.
     """
 
     leaf: int
-    level: int
-    node: int
+    levels: Sequence[int]
     facts: int
     own: tuple[float, float]
     others: tuple[float, float]
@@ -87,14 +85,17 @@ def ask(model: LanguageModel, task: RareFacts, split: EvalSplit, precision: str)
 
 
 @contextmanager
-def deleted(bank: MemoryBank, level: int, node: int) -> Iterator[None]:
-    """A bank without a block, which comes back."""
-    kept = bank.record(level, node).clone()
-    bank.write(level, node, torch.zeros_like(kept))
+def deleted(bank: MemoryBank, leaf: int, levels: Sequence[int]) -> Iterator[None]:
+    """A bank without some blocks on the way to a leaf, which come back."""
+    nodes = {level: bank.shape.node(leaf, level) for level in levels}
+    kept = {level: bank.record(level, node).clone() for level, node in nodes.items()}
+    for level, node in nodes.items():
+        bank.write(level, node, torch.zeros_like(kept[level]))
     try:
         yield
     finally:
-        bank.write(level, node, kept)
+        for level, node in nodes.items():
+            bank.write(level, node, kept[level])
 
 
 def choose(route: Tensor, shape: BankShape, count: int, seed: int) -> list[int]:
@@ -115,7 +116,7 @@ def measure(
     split: EvalSplit = "val",
     precision: str = "32-true",
 ) -> list[Deletion]:
-    """Deletes every block on the way to some leaves, each for itself.
+    """Deletes every block on the way to some leaves, each for itself and then all.
 
     Args:
         model: with its bank in memory; it is left as it was.
@@ -129,13 +130,14 @@ def measure(
     bank, shape = model.bank, model.bank.shape
     before, found = ask(model, task, split, precision), []
     for leaf in choose(before.route, shape, leaves, seed):
-        for level in reversed(shape.levels):
-            node = shape.node(leaf, level)
-            with deleted(bank, level, node):
+        for levels in [*([level] for level in reversed(shape.levels)), shape.levels]:
+            with deleted(bank, leaf, levels):
                 after = ask(model, task, split, precision)
-            reads = (shape.node(before.route, level) == node) & (before.route >= 0)
+            lowest = max(levels)
+            reads = shape.node(before.route, lowest) == shape.node(leaf, lowest)
+            reads &= before.route >= 0
             own, others = (_accuracies(before, after, facts) for facts in (reads, ~reads))
-            found.append(Deletion(leaf, level, node, int(reads.sum()), own, others))
+            found.append(Deletion(leaf, levels, int(reads.sum()), own, others))
     return found
 
 
@@ -169,10 +171,10 @@ def run(arguments: Sequence[str]) -> None:
         precision=config["trainer"].get("precision", "32-true"),
     )
     remarks = [
-        f"Each row: one block set to zero, all {len(task.told.exposures):,} facts asked by the "
-        f"route of their {task.arms[0]}, told or not, and the block put back.",
-        "Other facts read other blocks, so that nothing can happen to them: their columns are a "
-        "check.",
+        f"Each row: blocks set to zero, all {len(task.told.exposures):,} facts asked by the route "
+        f"of their {task.arms[0]}, told or not, and the blocks put back.",
+        "Where one block is deleted, other facts read other blocks and nothing can happen to them: "
+        "a check. All blocks of a leaf are shared with others, but for the last.",
         f"Leaves drawn with seed {asked.seed} from the half of all that most facts read.",
     ]
     publish(measured([_row(deletion) for deletion in found], remarks, [config["seed"]]), asked)
@@ -191,8 +193,8 @@ def _task(config: Config) -> RareFacts:
 def _row(deletion: Deletion) -> dict[str, str]:
     cells = {
         "leaf": f"{deletion.leaf}",
-        "deleted block": f"level {deletion.level}, node {deletion.node}",
-        "facts that read it": f"{deletion.facts:,}",
+        "deleted levels": ", ".join(map(str, deletion.levels)),
+        "facts that read them": f"{deletion.facts:,}",
     }
     for whose, (before, after) in {"their": deletion.own, "other facts'": deletion.others}.items():
         cells |= {f"{whose} accuracy": f"{before:.4f}", f"{whose}, deleted": f"{after:.4f}"}

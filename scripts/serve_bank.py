@@ -11,7 +11,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import get_args
 
@@ -44,9 +44,12 @@ def run(arguments: Sequence[str]) -> None:
             cache_bytes=int(asked.cache_mib * MIB),
             read=asked.read,
         )
-        print(_opening(served))
-        answers = [given for prompt in _prompts(asked) for given in _served(served, prompt, asked)]
-        print(f"{_closing(served, answers)}; {_resident()} MiB of resident memory, {before} before")
+        with closing(served.bank):
+            print(_opening(served))
+            prompts = _prompts(asked)
+            answers = [given for prompt in prompts for given in _served(served, prompt, asked)]
+            memory = f"{_resident()} MiB of resident memory, {before} before"
+        print(f"{_closing(served, answers)}; {memory}")
 
 
 @contextmanager

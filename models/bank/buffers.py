@@ -42,13 +42,6 @@ class Buffers:
         weakref.finalize(array, self._give_back, mapping).atexit = False
         return array[:size]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that wait for their next use."""
-        with self._lock:
-            self._sort_in()
-            return sum(map(len, self._free))
-
     def _reuse(self, size: int) -> mmap.mmap | None:
         """The memory of that size that was used last, which may still be in a processor's cache."""
         with self._lock:

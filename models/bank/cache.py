@@ -17,14 +17,10 @@ class RecordCache:
 
     Attributes:
         budget: likewise.
-        hits: times that a block was asked for and was here.
-        misses: times that it was not.
-        evicted: blocks that made place for others.
     """
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self.hits = self.misses = self.evicted = 0
         self._lock = Lock()
         self._kept: OrderedDict[Hashable, tuple[Tensor, int]] = OrderedDict()
         self._nbytes = 0
@@ -33,9 +29,7 @@ class RecordCache:
         """A block, which counts as used now; None if it is not here."""
         with self._lock:
             if key not in self._kept:
-                self.misses += 1
                 return None
-            self.hits += 1
             self._kept.move_to_end(key)
             return self._kept[key][0]
 
@@ -53,7 +47,6 @@ class RecordCache:
                 return
             while self._nbytes + size > self.budget:
                 self._drop(next(iter(self._kept)))
-                self.evicted += 1
             self._kept[key] = record, size
             self._nbytes += size
 
@@ -67,18 +60,9 @@ class RecordCache:
             self._kept.clear()
             self._nbytes = 0
 
-    @property
-    def nbytes(self) -> int:
-        """Of all blocks that are kept."""
-        return self._nbytes
-
     def __contains__(self, key: Hashable) -> bool:
         """Whether a block is here; it does not count as used."""
         return key in self._kept
-
-    def __len__(self) -> int:
-        """Blocks that are kept."""
-        return len(self._kept)
 
     def _drop(self, key: Hashable) -> None:
         if key in self._kept:

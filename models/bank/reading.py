@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -24,7 +24,7 @@ from models.bank.layout import PAGE, LevelLayout
 Read = Literal["auto", "pread", "mmap", "direct"]
 
 SAMPLE = 4 * 2**20  # bytes that one try reads at most
-TRIES = 5  # of each way: with three ways, less than 64 MiB of a file
+TRIES = 5  # of each way: 40 MiB of a file at most
 SECONDS = 1.0  # after which no other round of tries begins
 
 
@@ -102,7 +102,7 @@ class Direct(_ByCalls):
 
     def __init__(self, path: Path) -> None:
         if not hasattr(os, "O_DIRECT"):
-            raise BankError("this system has no O_DIRECT; read with 'pread' or 'mmap'")
+            raise BankError("this system has no O_DIRECT; read with 'pread'")
         super().__init__(path, os.O_DIRECT)
         try:
             self.read(0, Buffers().take(PAGE))  # some systems refuse only now
@@ -116,20 +116,24 @@ class Mapped:
 
     The system is asked for all that will be copied before the copy begins. Without that it would
     read in small steps, as pages are touched, and with MADV_RANDOM page by page, many times slower.
+    A page that the disk cannot read ends the process (SIGBUS), where other ways raise an error.
 
     Args:
         path: of the file.
 
     Raises:
-        BankError: it cannot be opened.
+        BankError: it cannot be opened, or not mapped.
     """
 
     name = "mmap"
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = _open(path)
-        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._path, self._file = path, _open(path)
+        try:
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # of an empty file the latter
+            self._file.close()
+            raise BankError(f"cannot map {path}: {error}; read with 'pread'") from error
 
     def read(self, offset: int, into: UInt8[np.ndarray, " length"]) -> None:
         """See `Reader`."""
@@ -139,8 +143,7 @@ class Mapped:
         if hasattr(os, "posix_fadvise"):  # as MADV_WILLNEED does, but other threads can run
             os.posix_fadvise(self._file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
         into[:] = np.frombuffer(self._map, dtype=np.uint8, count=size, offset=offset)
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, offset, size)
+        self._map.madvise(mmap.MADV_DONTNEED, offset, size)
 
     def close(self) -> None:
         """See `Reader`."""
@@ -152,7 +155,7 @@ WAYS: Mapping[Read, Callable[[Path], Reader]] = {"pread": Pread, "mmap": Mapped,
 
 
 def open_reader(path: Path, layout: LevelLayout, read: Read) -> Reader:
-    """A file, opened for one way of reading; "auto" for the fastest.
+    """A file, opened for one way of reading; "auto" for the faster of "pread" and "direct".
 
     Raises:
         BankError: it cannot be opened, or not for this way of reading.
@@ -163,43 +166,34 @@ def open_reader(path: Path, layout: LevelLayout, read: Read) -> Reader:
 
 
 def fastest(path: Path, layout: LevelLayout) -> Reader:
-    """The way that reads records in the least time when they are on disk only.
+    """The way, "pread" or "direct", that reads records in less time when they are on disk only.
 
-    Each way that the file system allows reads up to five records, of each no more than 4 MiB; what
+    Each that the file system allows reads up to five records, of each no more than 4 MiB; what
     counts is the median. They are taken out of the page cache first, where the system allows it.
     "direct" then leaves the page cache alone for good: if the whole bank fits into free memory,
-    "pread" is faster from the second time on.
+    "pread" is faster from the second time on. "mmap" is not among them: see `Mapped`.
 
     Raises:
         BankError: the file cannot be opened or read.
     """
-    readers = _readers(path)
-    seconds = _measure(path, layout, readers)
-    best = min(readers, key=lambda name: statistics.median(seconds[name]))
-    for name, reader in readers.items():
-        if name != best:
-            reader.close()
-    return readers[best]
-
-
-def _readers(path: Path) -> dict[str, Reader]:
-    """Every way that works here."""
-    readers: dict[str, Reader] = {"pread": Pread(path), "mmap": Mapped(path)}
-    with suppress(BankError):  # that the file system refuses it is no fault of the file
-        readers["direct"] = Direct(path)
-    return readers
+    with ExitStack() as opened:
+        readers: dict[Read, Reader] = {"pread": opened.enter_context(closing(Pread(path)))}
+        with suppress(BankError):  # that the file system refuses it is no fault of the file
+            readers["direct"] = opened.enter_context(closing(Direct(path)))
+        seconds = _measure(path, layout, readers)
+    return WAYS[min(seconds, key=lambda way: statistics.median(seconds[way]))](path)
 
 
 def _measure(
-    path: Path, layout: LevelLayout, readers: Mapping[str, Reader]
-) -> dict[str, list[float]]:
+    path: Path, layout: LevelLayout, readers: Mapping[Read, Reader]
+) -> dict[Read, list[float]]:
     """Seconds of each try of each way, interleaved."""
     size = min(layout.stride, SAMPLE)
     into = Buffers().take(size)
     into[:] = 0  # or the first try would also wait for memory
     tries = TRIES * len(readers)
     offsets = iter([layout.offset(i * layout.nodes // tries) for i in range(tries)])
-    seconds: dict[str, list[float]] = {name: [] for name in readers}
+    seconds: dict[Read, list[float]] = {name: [] for name in readers}
     started = time.perf_counter()
     for _ in range(TRIES):
         for name, reader in readers.items():
@@ -227,22 +221,20 @@ def _open(path: Path, flags: int = 0) -> FileIO:
     try:
         return FileIO(os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags))
     except OSError as error:
-        how = " past the page cache (O_DIRECT); read with 'pread' or 'mmap'" if flags else ""
+        how = " past the page cache (O_DIRECT); read with 'pread'" if flags else ""
         raise BankError(f"cannot open {path}{how}: {error.strerror}") from error
 
 
 def _fill(path: Path, file: FileIO, offset: int, into: UInt8[np.ndarray, " length"]) -> None:
     """Reads until all is there: a call may return less. Python repeats one that a signal ended."""
-    view, done = memoryview(into.data), 0
+    view, done, end = memoryview(into.data), 0, offset + len(into)
     while done < len(view):
         try:
             count = os.preadv(file.fileno(), [view[done:]], offset + done)
         except OSError as error:  # a direct read that would go on within a page, for one
             _require_length(path, file, offset, len(view))
-            raise BankError(
-                f"cannot read bytes {offset:,} to {offset + len(view):,} of {path}: "
-                f"{error.strerror}"
-            ) from error
+            what = f"bytes {offset:,} to {end:,} of {path}"
+            raise BankError(f"cannot read {what}: {error.strerror}") from error
         if not count:
             _require_length(path, file, offset, len(view))
         done += count

@@ -1,7 +1,9 @@
 """Blocks of a bank's files by level and node: kept, on their way, or read now."""
 
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from threading import Lock
 
@@ -11,7 +13,7 @@ from models.bank.buffers import Buffers
 from models.bank.cache import RecordCache
 from models.bank.errors import BankError
 from models.bank.level_file import LevelFile
-from models.bank.reading import Read, open_reader
+from models.bank.reading import Read, Reader, open_reader
 from models.bank.task import Task
 
 READERS = 3  # threads that read blocks of calls, besides those that wait for them
@@ -70,12 +72,18 @@ class Records:
     ) -> None:
         self.reads = Reads()
         self._files, self._caches, self._buffers = files, caches, buffers
-        self._readers = {n: open_reader(file.path, file.layout, read) for n, file in files.items()}
+        self._readers: dict[int, Reader] = {}
+        with ExitStack() as opened:
+            for level, file in files.items():
+                self._readers[level] = open_reader(file.path, file.layout, read)
+                opened.callback(self._readers[level].close)
+            self._opened = opened.pop_all()  # or, if one could not be opened, all were closed
         self.ways = {level: reader.name for level, reader in self._readers.items()}
         self._lock, self._closed = Lock(), False
         self._under_way: dict[tuple[int, int], Task] = {}
         self._asked = ThreadPoolExecutor(READERS, "bank")
         self._ahead = ThreadPoolExecutor(1, "bank-ahead")
+        self._later: deque[Task] = deque()  # the first of them is with that thread
 
     def ask(self, level: int, node: int, *, is_next: bool) -> Task:
         """A block that a call needs.
@@ -99,7 +107,9 @@ class Records:
                 task.block.set_result(kept)
                 return task
             task = task or self._task(level, node)
-            self._begin(task, self._asked, min(task.pieces - is_next, READERS))
+            self._under_way[level, node] = task
+            for _ in range(min(task.pieces - is_next, READERS)):
+                self._asked.submit(self._read, task)
             return task
 
     def wait(self, task: Task) -> Tensor:
@@ -123,7 +133,10 @@ class Records:
             cache, stride = self._caches[level], self._files[level].layout.stride
             is_here = (level, node) in cache or (level, node) in self._under_way
             if not is_here and cache.fits(stride):
-                self._begin(self._task(level, node), self._ahead, 1)
+                task = self._under_way[level, node] = self._task(level, node)
+                self._later.append(task)
+                if len(self._later) == 1:
+                    self._ahead.submit(self._read_later)
 
     def count_call(self, seconds: float) -> None:
         """Adds to the counters of calls."""
@@ -144,27 +157,36 @@ class Records:
         wait([task.block for task in left])
         for pool in (self._asked, self._ahead):
             pool.shutdown()
-        for level, reader in self._readers.items():
-            reader.close()
-            self._caches[level].clear()
+        self._opened.close()
+        for cache in self._caches.values():
+            cache.clear()
 
     def _task(self, level: int, node: int) -> Task:
         return Task(level, node, self._files[level].layout.stride)
 
-    def _begin(self, task: Task, pool: ThreadPoolExecutor, threads: int) -> None:
-        self._under_way[task.level, task.node] = task
-        for _ in range(threads):
-            pool.submit(self._read, task)
+    def _read_later(self) -> None:
+        """Reads the first block that is to be read ahead, and hands on the next.
+
+        No pool takes anything when the process is about to exit, which so waits for one block only.
+        """
+        self._read(self._later[0])
+        with self._lock:
+            self._later.popleft()
+            if self._later and not self._closed:
+                self._ahead.submit(self._read_later)
 
     def _read(self, task: Task) -> None:
         """Reads pieces of a block until none is left."""
         offset = self._files[task.level].layout.offset(task.node)
-        while piece := task.take(self._buffers):
-            start, into = piece
+        while True:
             error: BaseException | None = None
             try:
+                piece = task.take(self._buffers)
+                if piece is None:
+                    return
+                start, into = piece
                 self._readers[task.level].read(offset + start, into)
-            except BaseException as raised:
+            except BaseException as raised:  # also of memory, or by Ctrl-C: no block stays open
                 error = raised
             if task.give_back(error):
                 self._finish(task)

@@ -17,7 +17,7 @@ from layers.memory_bank import GENERIC, Bank, BankShape, require_routes
 from layers.protocol import require_at_least
 from models.bank.buffers import Buffers
 from models.bank.cache import RecordCache
-from models.bank.manifest import open_levels
+from models.bank.manifest import Manifest, open_levels, retrying
 from models.bank.reading import Read
 from models.bank.records import Reads, Records
 from models.bank.task import Task
@@ -35,13 +35,17 @@ class StoredBank(Bank):
 
     `to` moves and converts the results, as it does the generic block, which is always in memory.
 
+    An edit of the files (`models.bank.edit`) is not seen by a bank that is open: blocks that it
+    keeps are those from before, and others that were changed count as damaged. Open it again then.
+
     Args:
         folder: what `write_bank` wrote.
         router: hash of the router that gives the routes; None does not compare.
         anchor: hash of the model that uses the blocks; None does not compare.
         cache_bytes: what is kept of all levels together, or of each level by its number; levels
             that are not named keep nothing. Default 256 MiB together.
-        read: how files are read, see `models.bank.reading`; "auto" measures for each file.
+        read: how files are read, see `models.bank.reading`; "auto" measures for each file whether
+            "pread" or "direct" is faster.
         dtype: of results.
 
     Attributes:
@@ -64,14 +68,20 @@ class StoredBank(Bank):
         read: Read = "auto",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        manifest, files = open_levels(folder, router=router, anchor=anchor)
+        memory = Buffers()
+
+        def attempt() -> tuple[Manifest, Tensor, Records]:
+            manifest, files = open_levels(folder, router=router, anchor=anchor)
+            generic = files.pop(0).read(0).to(dtype)
+            caches = _caches(manifest.shape.levels, cache_bytes)
+            return manifest, generic, Records(files, read=read, caches=caches, buffers=memory)
+
+        manifest, generic, records = retrying(folder, attempt)
         super().__init__(manifest.shape)
         self.manifest, self.folder = manifest, folder
-        caches = _caches(manifest.shape.levels, cache_bytes)
-        self.register_buffer("generic", files.pop(0).read(0).to(dtype), persistent=False)
+        self.register_buffer("generic", generic, persistent=False)
         self._units = _spans(manifest.shape)
-        self._memory = Buffers()
-        self._records = Records(files, read=read, caches=caches, buffers=self._memory)
+        self._memory, self._records = memory, records
 
     @property
     def reads(self) -> Reads:

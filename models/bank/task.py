@@ -1,7 +1,7 @@
 """A block that is being read, piece by piece, by as many threads as come to it."""
 
 from concurrent.futures import Future
-from threading import Lock
+from threading import Lock, get_ident
 
 import numpy as np
 from jaxtyping import UInt8
@@ -34,7 +34,7 @@ class Task:
         self.block: Future[Tensor] = Future()
         self.error: BaseException | None = None
         self._data: np.ndarray | None = None
-        self._begun = self._reading = 0
+        self._begun, self._reading = 0, set[int]()  # bytes; threads
         self._over, self._lock = False, Lock()
 
     @property
@@ -43,21 +43,28 @@ class Task:
         return -(-self.size // PIECE)
 
     def take(self, buffers: Buffers) -> tuple[int, UInt8[np.ndarray, " n"]] | None:
-        """Where the next piece begins, and what it is to be read into; None if there is none."""
+        """Where the next piece begins, and what it is to be read into; None if there is none.
+
+        What was taken has to be given back, also when this fails.
+        """
         with self._lock:
             if self._begun >= self.size or self.error is not None:
                 return None
+            self._reading.add(get_ident())
             if self._data is None:
                 self._data = buffers.take(self.size)
             start = self._begun
             self._begun = min(start + PIECE, self.size)
-            self._reading += 1
             return start, self._data[start : self._begun]
 
     def give_back(self, error: BaseException | None) -> bool:
-        """Ends a piece, for a reason if it could not be read; whether the block is over."""
+        """Ends this thread's piece, if it has one; whether the block is over.
+
+        Args:
+            error: why it could not be read, if so.
+        """
         with self._lock:
-            self._reading -= 1
+            self._reading.discard(get_ident())
             self.error = self.error or error
             return self._end()
 

@@ -1,8 +1,9 @@
 """Speed and memory of serving a model with a memory bank that stays on disk.
 
-    cold       blocks and whole paths that are on disk only, by way of reading, as a share of the
-               rate at which one large read after another gets through the same file; and what each
-               level would cost in memory, in the page cache and on this disk
+    cold       blocks and whole paths that are on disk only, by way of reading ("auto" is what the
+               bank chooses), as a share of the rate at which large reads get through the same file,
+               by one thread or by as many as the bank has, whichever is faster; and what each level
+               would cost in memory, in the page cache and on this disk
     warm       fetching a path whose blocks are in memory, as a share of reading a prompt
     decode     tokens of one sequence with fetched blocks, against the model without a bank
     memory     resident memory of a process that serves random routes
@@ -13,8 +14,8 @@ them, of which a path is 9 %.
 
 A block counts as read when it is in memory and was compared with its checksum; a path, when all its
 blocks are converted to float32 and in their places. Before each of them the files are taken out of
-the page cache. Ratios are taken within a round, as medians over rounds. Each line names the share
-aimed at.
+this machine's page cache; blocks of a small level may still be in memory of the disk. Ratios are
+taken within a round, as medians over rounds. Each line names the share aimed at.
 """
 
 import argparse
@@ -28,14 +29,13 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from models import generate
 from models.bank import StoredBank
 from scripts.benchmarks import measure
-from scripts.benchmarks.cold_reads import measure_cold, ratios
+from scripts.benchmarks.cold_reads import Row, measure_cold, ratios, text
 from scripts.benchmarks.peak import ROOT, resident
 from scripts.benchmarks.random_bank import (
     DTYPE,
@@ -50,7 +50,6 @@ from scripts.benchmarks.random_bank import (
 PARTS = ("cold", "warm", "decode", "memory")
 WARM_BAR, DECODE_BAR, MEMORY_BAR = 0.1, 0.85, 1.5  # shares, GiB
 PROMPT, ANCHOR = "reading the prompt", "no bank"  # to compare to
-Row = dict[str, Any]
 
 
 def run(arguments: list[str]) -> None:
@@ -103,7 +102,8 @@ def _warm(folder: Path, sizes: Sizes) -> list[Row]:
         times = measure.interleaved(calls, sizes.rounds, warmup=2)
     rows = [_warm_row(what, times) for what in times]
     print(f"\nwarm, and a prompt of {sizes.prompt} tokens:")
-    print(measure.table([_warm_text(row) for row in rows]))
+    lines = [text(row, {"ms": f"{1e3 * row['seconds']:.1f}"}, "of prompt") for row in rows]
+    print(measure.table(lines))
     return rows
 
 
@@ -117,17 +117,6 @@ def _warm_row(what: str, times: Mapping[str, list[float]]) -> Row:
         "of_prompt": statistics.median(shares),
         "of_prompt_spread": measure.spread(shares),
         "bar": None if what == PROMPT else WARM_BAR,
-    }
-
-
-def _warm_text(row: Row) -> dict[str, str]:
-    return {
-        "what": row["what"],
-        "ms": f"{1e3 * row['seconds']:.1f}",
-        "spread": f"{row['spread']:.0%}",
-        "of prompt": f"{row['of_prompt']:.1%}",
-        "spread of it": f"{row['of_prompt_spread']:.0%}",
-        "bar": "" if row["bar"] is None else f"{row['bar']:.0%}",
     }
 
 
@@ -146,7 +135,8 @@ def _decode(folder: Path, sizes: Sizes) -> list[Row]:
         times = measure.interleaved(calls, sizes.rounds)
     rows = [_decode_row(what, sizes.tokens, times) for what in times]
     print(f"\ndecode, {sizes.tokens} tokens of one sequence:")
-    print(measure.table([_decode_text(row) for row in rows]))
+    speeds = [{"tokens/s": f"{row['tokens_per_second']:.1f}"} for row in rows]
+    print(measure.table([text(*pair, "of anchor") for pair in zip(rows, speeds, strict=True)]))
     return rows
 
 
@@ -160,17 +150,6 @@ def _decode_row(what: str, tokens: int, times: Mapping[str, list[float]]) -> Row
         "of_anchor": statistics.median(shares),
         "of_anchor_spread": measure.spread(shares),
         "bar": None if what == ANCHOR else DECODE_BAR,
-    }
-
-
-def _decode_text(row: Row) -> dict[str, str]:
-    return {
-        "what": row["what"],
-        "tokens/s": f"{row['tokens_per_second']:.1f}",
-        "spread": f"{row['spread']:.0%}",
-        "of anchor": f"{row['of_anchor']:.1%}",
-        "spread of it": f"{row['of_anchor_spread']:.0%}",
-        "bar": "" if row["bar"] is None else f"{row['bar']:.0%}",
     }
 
 

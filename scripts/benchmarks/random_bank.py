@@ -13,9 +13,11 @@ from layers import HierarchicalFFN, Recipe, SoftmaxAttention, SwiGLU
 from layers.memory_bank import BankOptions, BankShape
 from models import LanguageModel
 from models.bank import StoredBank, read_manifest, write_bank
+from models.bank.layout import Dtype
 from models.bank.manifest import MANIFEST
 
 DTYPE = torch.bfloat16  # of stored blocks
+STORED: Dtype = "bfloat16"  # likewise
 STD = 0.02  # of random numbers
 _SHIFTS = 2**20  # numbers by which blocks differ
 
@@ -91,8 +93,11 @@ def prepare(folder: Path, sizes: Sizes) -> BankShape:
     """
     shape = BankShape(sizes.layers, sizes.branching, sizes.hidden, 3 * sizes.width)
     if (folder / MANIFEST).exists():
-        if read_manifest(folder).shape != shape:
-            raise ValueError(f"the bank in {folder} has other sizes; give another --folder")
+        manifest = read_manifest(folder)
+        if (manifest.shape, manifest.dtype) != (shape, STORED):
+            raise ValueError(
+                f"the bank in {folder} has other sizes or is not in {STORED}; give another --folder"
+            )
         return shape
     numbers = torch.randn(shape.fetched + _SHIFTS, generator=generator()).mul_(STD).to(DTYPE)
 
@@ -102,7 +107,7 @@ def prepare(folder: Path, sizes: Sizes) -> BankShape:
             start = 7919 * node % _SHIFTS  # so that no two blocks are the same
             yield numbers[start : start + math.prod(size)].view(size)
 
-    write_bank(folder, shape, records, dtype="bfloat16")
+    write_bank(folder, shape, records, dtype=STORED)
     return shape
 
 

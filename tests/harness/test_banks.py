@@ -1,7 +1,6 @@
 """Runs with a memory bank: on an anchor, alone, resumed, and written to files."""
 
 import shutil
-import signal
 from functools import partial
 
 import pytest
@@ -21,7 +20,6 @@ from layers import BankOptions, HierarchicalFFN, ProductKeyMemory
 from models import LanguageModel
 from models.bank import anchor_hash, read_manifest, verify_bank
 from models.bank.stored import StoredBank
-from tests.harness.conftest import start
 
 RARE = (
     "task=rare_facts",
@@ -244,23 +242,3 @@ def test_a_finished_run_leaves_its_bank(banked):
 
 def test_a_run_without_a_bank_leaves_none(dense):
     assert not dense.bank.exists()
-
-
-def test_a_killed_run_has_a_whole_bank_of_the_last_step_it_reported(tmp_path):
-    """Random moments, and what a crash leaves behind, are for tests/models/bank."""
-    endless = ["trainer.max_steps=100000", "task.counted_batches=100000"]
-    options = [*RARE, *BANK, *endless, "save_bank_every=1", "trainer.val_check_interval=100000"]
-    process = start("train.py", *options, f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
-    reported = 0
-    for line in process.stdout:
-        if line.startswith("saved the bank of step "):
-            reported = int(line.split()[-1])
-        if reported == 5:
-            break
-    process.kill()
-    rest = process.communicate(timeout=60)[0]
-    assert process.returncode == -signal.SIGKILL, rest
-    steps = [int(line.split()[-1]) for line in rest.splitlines() if line.startswith("saved")]
-    bank = tmp_path / "run" / "bank"
-    assert verify_bank(bank) == []
-    assert read_manifest(bank).facts["step"] >= max([reported, *steps]) >= 5

@@ -8,6 +8,7 @@ import pytest
 
 from harness.loggers import read_metrics
 from harness.run_directory import RunDirectory
+from models.bank import read_manifest, verify_bank
 from tests.harness.conftest import TINY, program, start
 
 STEPS = 400
@@ -21,6 +22,7 @@ RUN = (
     "trainer.val_check_interval=60",  # batches: 30 updates
     "checkpoint_every=7",
 )
+BANK = ("ffn=bank", "ffn.bank.branching=2", "ffn.bank.hidden=[4,4]", "save_bank_every=10")
 
 
 def wait_for_step(process, run: RunDirectory, step: int) -> None:
@@ -34,25 +36,35 @@ def wait_for_step(process, run: RunDirectory, step: int) -> None:
     assert process.poll() is not None, f"no step {step} in 90 s"
 
 
+def require_bank(run: RunDirectory, said: str) -> None:
+    """A bank is whole, and not older than the last that was reported."""
+    steps = [line.split()[-1] for line in said.splitlines() if line.startswith("saved the bank of")]
+    if steps:
+        assert verify_bank(run.bank) == []
+        assert read_manifest(run.bank).facts["step"] >= int(steps[-1])
+
+
 def test_killed_five_times_the_curve_is_that_of_a_run_never_killed(tmp_path):
     whole = RunDirectory(tmp_path / "whole")
-    done = program("train.py", *RUN, f"run_dir={whole.path}", cwd=tmp_path)
+    done = program("train.py", *RUN, *BANK, f"run_dir={whole.path}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     killed = RunDirectory(tmp_path / "killed")
-    arguments = [*RUN, f"run_dir={killed.path}"]
+    arguments = [*RUN, *BANK, f"run_dir={killed.path}"]
     steps = sorted(random.Random().sample(range(1, STEPS - 20), 5))
     for step in steps:
         process = start("train.py", *arguments, cwd=tmp_path)
         wait_for_step(process, killed, step)
         process.kill()
-        process.wait()
-        assert process.returncode == -signal.SIGKILL, process.stdout.read()
+        said = process.communicate(timeout=60)[0]
+        assert process.returncode == -signal.SIGKILL, said
+        require_bank(killed, said)
         arguments = [f"resume={killed.path}"]
     done = program("train.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     stitched, uninterrupted = read_metrics(killed.metrics), read_metrics(whole.metrics)
     assert len(uninterrupted) == STEPS + STEPS // 30 + 1
     assert stitched == uninterrupted, f"killed after steps {steps}"
+    assert read_manifest(killed.bank).facts["step"] == STEPS
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 """Banks that stay on disk: ways of reading, what is kept, what is read ahead, what it costs."""
 
+import mmap
 import os
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from errno import EINVAL, EIO
+from errno import EINVAL, EIO, ENOMEM
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +18,17 @@ from torch import nn
 from layers import HierarchicalFFN, SoftmaxAttention
 from layers.memory_bank import GENERIC, BankOptions, BankShape, MemoryBank
 from models import LanguageModel
-from models.bank import BankError, StoredBank, Tier, fetch_seconds, tier_table, write_bank
+from models.bank import (
+    BankError,
+    StoredBank,
+    Tier,
+    fetch_seconds,
+    replace_block,
+    tier_table,
+    write_bank,
+)
 from models.bank import reading as reading_module
+from models.bank import stored as stored_module
 from models.bank.buffers import Buffers
 from models.bank.cache import RecordCache
 from models.bank.layout import PAGE, LevelLayout
@@ -100,12 +110,11 @@ def file(tmp_path):
 
 
 @EVERY_WAY
-@pytest.mark.parametrize("cold", [False, True], ids=["cached", "cold"])
-def test_every_way_reads_the_bytes_of_the_file(file, way, cold):
+def test_every_way_reads_the_bytes_of_the_file(file, way):
     reader, content = opened(way, file), file.read_bytes()
-    for page, pages in [(0, 1), (3, 5), (39, 1), (0, 40)]:
+    for page, pages in [(0, 1), (3, 5), (3, 5), (39, 1), (0, 40)]:
         into = Buffers().take(pages * PAGE)
-        if cold:
+        if (page, pages) != (3, 5):  # the others are not in the page cache
             evict(file)
         reader.read(page * PAGE, into)
         assert into.tobytes() == content[page * PAGE : (page + pages) * PAGE]
@@ -164,10 +173,10 @@ def refusing(monkeypatch):
 
 
 def test_a_file_system_that_refuses_direct_reads_is_told_of(refusing, folder, trained):
-    with pytest.raises(BankError, match=r"past the page cache \(O_DIRECT\); read with 'pread' or"):
+    with pytest.raises(BankError, match=r"past the page cache \(O_DIRECT\); read with 'pread'"):
         StoredBank(folder, read="direct")
     bank = StoredBank(folder)
-    assert set(bank.ways.values()) <= {"pread", "mmap"}
+    assert bank.ways == {1: "pread", 3: "pread"}
     assert torch.equal(fetched(bank, 5), fetched(trained, 5))
 
 
@@ -187,7 +196,7 @@ def resident_files() -> int:
     return 1024 * int(kib)
 
 
-@EVERY_WAY
+@pytest.mark.parametrize("way", ["pread", "direct"])
 def test_the_fastest_way_is_taken(folder, monkeypatch, way):
     opened(way, folder / "level3-1.bank").close()
     layout = LevelLayout(3, SHAPE, "float32", None, None, 1)
@@ -206,7 +215,7 @@ def test_the_fastest_way_is_taken(folder, monkeypatch, way):
     assert reader.name == way
     blocks = [(offset, size) for offset, size in tried if offset]  # direct tries the header
     offsets = {offset for offset, _ in blocks}
-    ways = 3 if (0, PAGE) in tried else 2
+    ways = 2 if (0, PAGE) in tried else 1
     assert len(offsets) == len(blocks) == 5 * ways, "never twice the same block"
     assert {size for _, size in blocks} == {2 * PAGE}
     assert {(offset - layout.records) % layout.stride for offset in offsets} == {0}
@@ -219,6 +228,37 @@ def test_choosing_a_way_ends_in_time(folder, monkeypatch):
         folder / layout.file_name, layout, {"pread": Pread(folder / layout.file_name)}
     )
     assert len(seconds["pread"]) == 1
+
+
+def test_a_file_that_cannot_be_read_is_not_left_open(folder, monkeypatch):
+    layout, before = LevelLayout(1, SHAPE, "float32", None, None, 1), open_files()
+
+    def fail(*_):
+        raise BankError("a bad page")
+
+    monkeypatch.setattr(Pread, "read", fail)
+    with pytest.raises(BankError, match="a bad page"):
+        fastest(folder / layout.file_name, layout)
+    assert open_files() == before
+
+
+def test_no_file_is_left_open_when_one_cannot_be_mapped(folder, monkeypatch):
+    before, system, calls = open_files(), mmap.mmap, []
+
+    def second_fails(handle, *rest, **options):
+        calls.extend([handle] * (handle != -1))
+        if len(calls) == 2:
+            raise OSError(ENOMEM, "Cannot allocate memory")
+        return system(handle, *rest, **options)
+
+    monkeypatch.setattr(mmap, "mmap", second_fails)
+    with pytest.raises(BankError, match=rf"cannot map {folder}/level3-1\.bank: .*Cannot allocate"):
+        StoredBank(folder, read="mmap")
+    assert open_files() == before
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 # Memory
@@ -239,11 +279,11 @@ def test_memory_is_used_again_when_no_view_of_it_is_left():
 def test_no_more_memory_is_kept_than_the_limit():
     buffers = Buffers(limit=10 * PAGE)
     arrays = [buffers.take(4 * PAGE) for _ in range(5)]
-    assert buffers.nbytes == 0
+    assert not buffers._free
     arrays.clear()
-    assert buffers.nbytes == 8 * PAGE
+    assert [len(memory) for memory in buffers._free] == [4 * PAGE] * 2
     buffers.take(11 * PAGE)
-    assert buffers.nbytes == 8 * PAGE, "what is too large by itself pushes nothing out"
+    assert len(buffers._free) == 2, "what is too large by itself pushes nothing out"
 
 
 @pytest.mark.parametrize("size", [0, 1, PAGE - 1, PAGE + 1, 17 * 2**20])
@@ -265,23 +305,22 @@ def test_the_block_that_was_used_longest_ago_makes_place():
     assert [key in cache for key in range(4)] == [True, False, True, True]
     cache.put(4, blocks[4], 20)
     assert [key in cache for key in range(5)] == [False, False, False, True, True]
-    assert (cache.nbytes, len(cache), cache.evicted) == (30, 2, 3)
 
 
 def test_a_block_larger_than_the_budget_is_not_kept_and_pushes_nothing_out():
     cache = RecordCache(30)
     cache.put("small", torch.tensor(0), 30)
     cache.put("large", torch.tensor(0), 31)
-    assert ("small" in cache, "large" in cache, cache.nbytes) == (True, False, 30)
+    assert ("small" in cache, "large" in cache) == (True, False)
 
 
 def test_a_block_that_is_put_again_counts_once():
     cache = RecordCache(30)
+    cache.put("b", torch.tensor(0), 10)
     for value in range(3):
         cache.put("a", torch.tensor(value), 12)
-    assert (cache.nbytes, cache.get("a")) == (12, torch.tensor(2))
-    assert cache.get("b") is None
-    assert (cache.hits, cache.misses) == (1, 1)
+    assert (cache.get("a"), cache.get("b")) == (2, 0)
+    assert cache.get("c") is None
 
 
 def test_threads_may_share_a_cache():
@@ -292,11 +331,13 @@ def test_threads_may_share_a_cache():
             found = cache.get(key)
             assert found is None or found == key
             cache.put(key, torch.tensor(key), 1 + key)
-            assert cache.nbytes <= 100
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
-    assert cache.nbytes == sum(1 + key for key in range(30) if key in cache)
+    sizes = sum(1 + key for key in range(30) if key in cache)
+    assert 100 - 30 < sizes <= 100
+    cache.put("rest", torch.tensor(0), 100 - sizes)
+    assert sizes == sum(1 + key for key in range(30) if key in cache), "there was room for it"
 
 
 # Stored banks
@@ -308,8 +349,10 @@ def pieces(monkeypatch):
     monkeypatch.setattr("models.bank.task.PIECE", PAGE)
 
 
-@EVERY_WAY
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [*((way, "float32") for way in WAYS), ("pread", "bfloat16"), ("pread", "float16")],
+)
 def test_a_fetch_gives_the_blocks_that_were_written(tmp_path, trained, way, dtype, pieces):
     folder = write(tmp_path / "bank", trained, dtype)
     opened(way, folder / "level3-1.bank").close()
@@ -364,8 +407,11 @@ def test_a_model_with_a_stored_bank_gives_the_same_logits(tmp_path, kind):
 def test_a_result_is_not_written_over_while_it_is_in_use(folder, trained):
     bank = StoredBank(folder, cache_bytes=0)
     kept = [(leaf, fetched(bank, leaf)[:, 1]) for leaf in range(27)]
+    blocks = [bank.record(3, node) for node in range(27)]
+    fetched(bank, *range(27))
     for leaf, found in kept:
         assert torch.equal(found, fetched(trained, leaf)[:, 1])
+        assert torch.equal(blocks[leaf], trained.record(3, leaf))
 
 
 def test_a_stored_bank_has_nothing_to_train_or_to_save(folder):
@@ -388,6 +434,48 @@ def test_a_bank_for_another_router_is_refused(folder):
     StoredBank(folder, router="r" * 16).close()
     with pytest.raises(BankError, match=r"written for the router rrrr.* and is used with ssss"):
         StoredBank(folder, router="s" * 16)
+
+
+@pytest.mark.parametrize("change", ["edit", "write"])
+def test_a_bank_that_changes_while_it_is_opened_is_opened_anew(
+    folder, trained, monkeypatch, change
+):
+    """Between the check of its files and the first read of them."""
+    plain, opens = stored_module.open_levels, []
+
+    def open_levels(*arguments, **options):
+        found = plain(*arguments, **options)
+        opens.append(found[0].generation)
+        if len(opens) == 1 and change == "edit":
+            replace_block(folder, 0, 0, torch.ones(SHAPE.record(0)))
+        elif len(opens) == 1:
+            write(folder, trained)
+        return found
+
+    monkeypatch.setattr(stored_module, "open_levels", open_levels)
+    bank = StoredBank(folder, read="pread")
+    assert opens == {"edit": [1, 1], "write": [1, 2]}[change]
+    assert torch.equal(fetched(bank, 5), fetched(trained, 5))
+    expected = torch.ones(SHAPE.record(0)) if change == "edit" else trained.generic
+    assert torch.equal(bank.generic, expected)
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_block_that_could_not_be_begun_is_read_when_it_is_asked_for_again(
+    folder, trained, monkeypatch, error
+):
+    bank = StoredBank(folder, read="pread")
+
+    def fail(size):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bank._memory, "take", fail)
+        with pytest.raises(error):
+            bank.record(1, 2)
+    idle(bank)
+    assert torch.equal(bank.record(1, 2), trained.record(1, 2))
+    bank.close()
 
 
 def test_each_distinct_block_of_a_call_is_read_once(folder):
@@ -459,7 +547,9 @@ def test_a_bank_that_is_cut_while_it_is_open_is_named(folder, trained):
 
 
 @pytest.mark.parametrize("page", [0, 2, 3])
-def test_a_block_of_which_one_piece_cannot_be_read_is_refused(folder, monkeypatch, pieces, page):
+def test_a_block_of_which_one_piece_cannot_be_read_is_refused(
+    folder, trained, monkeypatch, pieces, page
+):
     bank, plain = StoredBank(folder, read="pread"), Pread.read
     bad = LevelLayout(3, SHAPE, "float32", None, None, 1).offset(26) + page * PAGE
 
@@ -472,7 +562,7 @@ def test_a_block_of_which_one_piece_cannot_be_read_is_refused(folder, monkeypatc
     for _ in range(2):
         with pytest.raises(BankError, match="a bad page"):
             fetched(bank, 25, 26)
-    assert fetched(bank, 25).isfinite().all()
+    assert torch.equal(fetched(bank, 25), fetched(trained, 25))
 
 
 def test_a_block_is_read_by_many_threads_at_a_time(folder, trained, pieces, gate):
@@ -537,6 +627,18 @@ def test_a_fetch_does_not_wait_for_what_others_read_ahead(folder, trained, gate)
     assert len(gate.reads) == len(set(gate.reads)) == 30, "each block once"
 
 
+def test_what_is_still_to_be_read_ahead_does_not_hold_up_the_exit(folder, trained, gate):
+    """The interpreter then ends its pools as `shutdown` does: what they were given is done."""
+    bank = StoredBank(folder, read="pread")
+    bank.prefetch(torch.arange(27))
+    assert gate.begun.acquire(timeout=10)
+    bank._records._ahead.shutdown(wait=False)
+    gate.open.set()
+    bank._records._ahead.shutdown()
+    assert len(gate.reads) == 1
+    assert torch.equal(fetched(bank, 26), fetched(trained, 26))
+
+
 def test_nothing_is_read_ahead_that_would_not_be_kept(folder):
     bank = StoredBank(folder, cache_bytes={1: STRIDES[1]})
     bank.prefetch(torch.tensor([4]))
@@ -567,9 +669,8 @@ def test_a_fetch_that_waits_for_a_block_read_ahead_learns_why_it_fails(folder, g
             found.result(timeout=10)
 
 
-@EVERY_WAY
+@pytest.mark.parametrize("way", ["pread", "mmap"])
 def test_threads_may_fetch_and_read_ahead_at_once(folder, trained, way):
-    opened(way, folder / "level3-1.bank").close()
     bank = StoredBank(folder, read=way, cache_bytes=9 * STRIDES[3])
     routes = torch.randint(-1, 27, (4, 12, 3), generator=torch.Generator().manual_seed(0))
 
@@ -593,12 +694,12 @@ def test_threads_may_fetch_and_read_ahead_at_once(folder, trained, way):
 
 
 def test_a_closed_bank_is_closed(folder):
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_files()
     bank = StoredBank(folder)
     fetched(bank, 3)
     bank.close()
     bank.close()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_files() == before
     for call in (bank.fetch, bank.prefetch):
         with pytest.raises(BankError, match="the bank is closed; open it again"):
             call(torch.tensor([3]))
@@ -651,7 +752,6 @@ DISK, FLASH, MEMORY = Tier("disk", 0.5e9), Tier("flash", 1e9), Tier("memory", 8e
     ids=["flat", "tiered", "deeper levels only"],
 )
 def test_the_example_of_the_paper(tiers, milliseconds):
-    assert PAPER.places * PAPER.width == 73_728
     seconds = fetch_seconds(PAPER, torch.bfloat16, tiers)
     assert 1e3 * seconds == pytest.approx(milliseconds, rel=2e-3)
 
