@@ -55,7 +55,7 @@ def report(arguments: Sequence[str]) -> None:
     commands = [
         *([] if asked.made_by else training_commands(rows)),
         *evaluation_commands(rows, columns),
-        asked.made_by or shlex.join(["scripts/report.py", *arguments]),
+        asked.made_by or shlex.join(["python", "scripts/report.py", *arguments]),
     ]
     title = f"### {asked.title}\n\n" if asked.title else ""
     made = title + render(rows, named_by, columns, commands, [*remarks, *asked.note])

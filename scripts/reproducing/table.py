@@ -23,7 +23,7 @@ def make_table(name: str, grid: Grid) -> None:
     paths = [str(job.path) for row in rows for job in row if job.exists]
     if not paths:
         raise ReproductionError(f"no run in {grid.place} has finished: there is nothing to report")
-    command = shlex.join(["scripts/reproduce.py", name])
+    command = shlex.join(["python", "scripts/reproduce.py", name])
     notes = [f"--note={note}" for note in _notes(grid)]
     report([*paths, *grid.reproduction.report, f"--made-by={command}", *notes])
 
