@@ -1,8 +1,9 @@
 """Deletes blocks of a trained memory bank, in memory, and asks the run's facts again.
 
-For a few leaves, the blocks on the way to them are set to zero, one at a time and then all at once:
-what is lost of the facts whose questions read all that was deleted, and what of all others? Needs a
-run of task=rare_facts with ffn=bank; nothing of it is changed.
+For a few leaves, the block of the last level on the way to them is set to zero, then also the one
+above it, and so on to the first level, which more and more other leaves share: what is lost of the
+facts whose questions read all that was deleted, and what of all others? Needs a run of
+task=rare_facts with ffn=bank; nothing of it is changed.
 """
 
 import argparse
@@ -116,7 +117,7 @@ def measure(
     split: EvalSplit = "val",
     precision: str = "32-true",
 ) -> list[Deletion]:
-    """Deletes every block on the way to some leaves, each for itself and then all.
+    """Deletes the last block on the way to some leaves, then also those before it.
 
     Args:
         model: with its bank in memory; it is left as it was.
@@ -130,11 +131,12 @@ def measure(
     bank, shape = model.bank, model.bank.shape
     before, found = ask(model, task, split, precision), []
     for leaf in choose(before.route, shape, leaves, seed):
-        for levels in [*([level] for level in reversed(shape.levels)), shape.levels]:
+        for first in reversed(range(len(shape.levels))):
+            levels = shape.levels[first:]
             with deleted(bank, leaf, levels):
                 after = ask(model, task, split, precision)
-            lowest = max(levels)
-            reads = shape.node(before.route, lowest) == shape.node(leaf, lowest)
+            last = levels[-1]
+            reads = shape.node(before.route, last) == shape.node(leaf, last)
             reads &= before.route >= 0
             own, others = (_accuracies(before, after, facts) for facts in (reads, ~reads))
             found.append(Deletion(leaf, levels, int(reads.sum()), own, others))
@@ -173,8 +175,8 @@ def run(arguments: Sequence[str]) -> None:
     remarks = [
         f"Each row: blocks set to zero, all {len(task.told.exposures):,} facts asked by the route "
         f"of their {task.arms[0]}, told or not, and the blocks put back.",
-        "Where one block is deleted, other facts read other blocks and nothing can happen to them: "
-        "a check. All blocks of a leaf are shared with others, but for the last.",
+        "Nothing can happen to other facts where only the last block is deleted: a check. Blocks "
+        "above it are shared with other leaves.",
         f"Leaves drawn with seed {asked.seed} from the half of all that most facts read.",
     ]
     publish(measured([_row(deletion) for deletion in found], remarks, [config["seed"]]), asked)
