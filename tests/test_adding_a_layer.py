@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("configs", "harness", "layers", "models", "ops", "tasks", "tests")
+PARTS = ("configs", "harness", "layers", "models", "ops", "routers", "tasks", "tests")
 FILES = ("pyproject.toml", "train.py")
 
 

@@ -19,6 +19,15 @@ SMALL = (
 SMALL_MQAR = ("task.seq_len=16", "task.pairs=2", "task.test_pairs=[2]", "task.batch_size=2")
 SMALL_NEEDLE = ("task.seq_len=32", "task.batch_size=2", "task.test_examples=2")
 SMALL_FACTS = ("task.subjects=20", "task.objects=8", "task.batch_size=8")
+SMALL_RARE = (
+    "task.library.subjects=32",
+    "task.library.topics=4",
+    "task.library.objects=8",
+    "task.library.given_names=8",
+    "task.library.surnames=2",
+    "task.routing.components=16",
+    "task.batch_size=8",
+)
 SMALL_TASK = {
     "facts": SMALL_FACTS,
     "facts_two_phases": (
@@ -36,20 +45,15 @@ SMALL_TASK = {
     "needle_mix": (),
     "needle": SMALL_NEEDLE,
     "needle_number": SMALL_NEEDLE,
-    "rare_facts": (
-        "task.library.subjects=32",
-        "task.library.topics=4",
-        "task.library.objects=8",
-        "task.library.given_names=8",
-        "task.library.surnames=2",
-        "task.routing.components=16",
-        "task.batch_size=8",
-    ),
+    "rare_facts": SMALL_RARE,
     "text": ("task.seq_len=32", "task.batch_size=2"),
     "text_sentencepiece": ("task.seq_len=32", "task.batch_size=2"),
 }
 # Of the groups whose files choose a task; the others are tried on MQAR.
-SMALL_OF = {"task": SMALL_TASK, "experiment": {"demo": SMALL_MQAR, "facts": SMALL_FACTS}}
+SMALL_OF = {
+    "task": SMALL_TASK,
+    "experiment": {"demo": SMALL_MQAR, "facts": SMALL_FACTS, "rare_facts": SMALL_RARE},
+}
 
 
 GROUPS = (

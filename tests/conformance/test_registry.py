@@ -7,9 +7,9 @@ import pkgutil
 import pytest
 
 import layers
-from layers import LAYERS, Layer, MatrixMemory, Memory, register
+from layers import LAYERS, Layer, MatrixMemory, Memory, RoutedLayer, register
 
-BASES = (Layer, MatrixMemory, Memory)
+BASES = (Layer, MatrixMemory, Memory, RoutedLayer)
 
 
 def layer_classes():

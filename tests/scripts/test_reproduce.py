@@ -128,7 +128,7 @@ def test_each_row_has_its_sweep_and_then_its_other_seeds(swept):
 
 def test_the_page_says_how_it_was_made_and_what_was_tried(swept):
     text = (swept.path / "table.md").read_text()
-    assert "```bash\nscripts/reproduce.py tiny\n```" in text
+    assert "```bash\npython scripts/reproduce.py tiny\n```" in text
     tried = "optimizer.lr: of 0.01, 0.03, the best of each row in the validation of seed 0."
     assert f"- {tried}\n" in text
     assert text.startswith("<!-- report: tiny -->")
