@@ -1,9 +1,6 @@
 """The memory bank of a run in files, for `scripts/serve_bank.py` and edits."""
 
-from collections.abc import Iterator
-
 from lightning.pytorch import Trainer
-from torch import Tensor
 
 from harness.checkpoints import EndOfStep
 from harness.console import say
@@ -48,7 +45,7 @@ class SaveBank(EndOfStep):
         write_bank(
             self.run.bank,
             self.bank.shape,
-            self._blocks,
+            self.bank.records,
             dtype="float32",
             router=self.task.router,
             anchor=anchor_hash(self.model),
@@ -56,6 +53,3 @@ class SaveBank(EndOfStep):
         )
         self.saved_step = step
         say(f"saved the bank of step {step}", flush=True)
-
-    def _blocks(self, level: int) -> Iterator[Tensor]:
-        return (self.bank.record(level, node) for node in range(self.bank.shape.nodes(level)))

@@ -4,7 +4,7 @@ B sequences; L places, the layers that blocks widen; k children of a node, p lev
 block of level l, R of them on a path; W numbers of a unit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -246,6 +246,10 @@ class MemoryBank(Bank):
         """One block as it is now, without a gradient; level 0 is the generic block."""
         weight = self.generic[None] if level == 0 else self._table(level)
         return weight[node].detach().view(self.shape.record(level))
+
+    def records(self, level: int) -> Iterator[Tensor]:
+        """Every block of a level, in the order of its nodes: what a file of it holds."""
+        return (self.record(level, node) for node in range(self.shape.nodes(level)))
 
     @torch.no_grad()
     def write(self, level: int, node: int, block: Float[Tensor, "places r w"]) -> None:

@@ -148,7 +148,7 @@ class AttachedBank(nn.Module):
         return write_bank(
             folder,
             bank.shape,
-            lambda level: (bank.record(level, n) for n in range(bank.shape.nodes(level))),
+            bank.records,
             dtype=dtype,
             router=router,
             anchor=anchor_hash(self.anchor),
