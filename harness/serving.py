@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.anchor import BANK
 from harness.build import build
 from harness.check import TARGET, Config
 from harness.checkpoints import (
+    BANK,
     checkpoint_config,
     checkpoint_vocabulary,
     model_weights,
