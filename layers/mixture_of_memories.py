@@ -68,6 +68,11 @@ class MixtureState(NamedTuple):
         "z_loss": 1e-3,
     },
     random={"memory": partial(GatedDeltaNet, heads=1, conv_size=1), "router": "random"},
+    single_projection={
+        "memory": partial(GatedDeltaNet, heads=1),
+        "convolve": "before",
+        "single_projection": True,
+    },
 )
 class MixtureOfMemories(Memory):
     """Mixture-of-Memories (arXiv 2502.13685) around any matrix memory.
@@ -78,10 +83,10 @@ class MixtureOfMemories(Memory):
         S^m_t = rule(S^m_{t-1}, k^m_t, v^m_t, gates^m_t)    for m in I_t, else S^m_{t-1}
         o_t = sum_{m in I_t} w^m_t read(S^m_t, q_t) + read(S^shared_t, q_t)
 
-    Each memory has its own projection of keys, values and gates. Queries, the convolution, the
-    gates' biases and rates, and all that follows the read, are shared. Tokens are sorted by memory
-    into sequences of their own, so that the memories of all rows are one batched call of the base's
-    rule; no memory sees what goes to another, nor to another row.
+    Each memory has its own projection of keys, values and gates, or all have one. Queries, the
+    convolution, the gates' biases and rates, and all that follows the read, are shared. Tokens are
+    sorted by memory into sequences of their own, so that the memories of all rows are one batched
+    call of the base's rule; no memory sees what goes to another, nor to another row.
 
     Args:
         d_model: width D.
@@ -92,8 +97,12 @@ class MixtureOfMemories(Memory):
         shared: a memory that every token writes, with weight one; default True.
         convolve: the memory's short convolution runs "after" routing (default), over the tokens of
             one memory, as in the paper; or "before", over the layer's input in the order of the
-            text, in place of it. After routing, a token's neighbours are not those in the text, and
-            keys cannot count on the token before.
+            text, in place of it, and the router sees what it gives. After routing, a token's
+            neighbours are not those in the text, keys cannot count on the token before, and the
+            router cannot send a value to where the key before it will be looked up.
+        single_projection: one projection of keys, values and gates for all memories, which differ
+            in the tokens that they get alone (`single_kv_proj` of the released code); default
+            False.
         router: "learned" (default), or "random", which ignores the token: a hash of its position,
             to measure what routing is worth. It has no losses.
         balance_loss: weight of the loss `M sum_m f_m P_m`; default 0.01.
@@ -118,6 +127,7 @@ class MixtureOfMemories(Memory):
         top_k: int = 2,
         shared: bool = True,
         convolve: Literal["after", "before"] = "after",
+        single_projection: bool = False,
         router: Literal["learned", "random"] = "learned",
         balance_loss: float = 0.01,
         z_loss: float = 0.0,
@@ -142,10 +152,13 @@ class MixtureOfMemories(Memory):
         self.router = None
         if router == "learned" and memories > 1:
             self.router = nn.Linear(d_model, memories, bias=False)
-        own = memories - (not shared)
-        rows = base.in_proj.out_features - base.widths[0]
-        self.write_proj = nn.Parameter(torch.empty(own, rows, d_model))
-        nn.init.uniform_(self.write_proj, -(d_model**-0.5), d_model**-0.5)  # as base.in_proj
+        self.single_projection = single_projection
+        self.write_proj = None
+        own = 0 if single_projection else memories - (not shared)
+        if own:
+            rows = base.in_proj.out_features - base.widths[0]
+            self.write_proj = nn.Parameter(torch.empty(own, rows, d_model))
+            nn.init.uniform_(self.write_proj, -(d_model**-0.5), d_model**-0.5)  # as base.in_proj
 
     def forward(self, x: Float[Tensor, "b t d"], state: MixtureState | None = None) -> Output:
         """Writes each token into its memories and reads them with its query."""
@@ -153,7 +166,7 @@ class MixtureOfMemories(Memory):
         if x.numel() == 0:  # there is nothing to write, and no sequence to pack
             return self._nothing(x, state)
         text, conv = self._convolved(x, state.conv)
-        logits = self._logits(x, state.position)
+        logits = self._logits(text, state.position)
         routes = route(logits, self.top_k)
         y, memories, tails = self._routed(text, routes, state)
         shared = state.shared
@@ -188,8 +201,8 @@ class MixtureOfMemories(Memory):
         memories = map_state(lambda s: s.unsqueeze(1).repeat_interleave(self.memories, 1), one)
         position = one.position
         if self.router is None and self.memories > 1:
-            weight = self.write_proj
-            position = (torch.zeros(batch_size, dtype=torch.long, device=weight.device),)
+            device = self.base.out_proj.weight.device
+            position = (torch.zeros(batch_size, dtype=torch.long, device=device),)
         conv = () if self.conv is None else (self.conv.init_state(batch_size),)
         shared = (one,) if self.shared else ()
         return MixtureState(memories.memory, memories.conv.tail, shared, conv, position)
@@ -200,8 +213,10 @@ class MixtureOfMemories(Memory):
 
     def active_parameters(self) -> int:
         """All but the projections of the memories that a token does not go to."""
-        idle = (self.memories - self.top_k) * self.write_proj[:1].numel()
-        return sum(p.numel() for p in self.parameters()) - idle
+        held = sum(p.numel() for p in self.parameters())
+        if self.write_proj is None:
+            return held
+        return held - (self.memories - self.top_k) * self.write_proj[0].numel()
 
     def _convolved(
         self, x: Tensor, state: tuple[ConvState, ...]
@@ -241,17 +256,8 @@ class MixtureOfMemories(Memory):
         self, x: Tensor, packing: Packing, state: MixtureState
     ) -> tuple[Operands, Tensor]:
         """What the rule takes of the packed tokens, and the convolutions' tails after them."""
-        base, batch = self.base, len(x)
-        queries, keys, values = base.widths
-        first = [] if self.shared else [base.in_proj.weight[queries:][None]]
-        rows = rearrange(packed(x, packing), "(m b) l d -> m (b l) d", b=batch)
-        writes = rearrange(
-            torch.bmm(rows, torch.cat([*first, self.write_proj]).mT),
-            "m (b l) w -> (m b) l w",
-            b=batch,
-        )
-        kv, raw = writes.tensor_split([keys + values], dim=-1)
-        q = packed(F.linear(x, base.in_proj.weight[:queries]), packing)
+        base = self.base
+        q, kv, raw = self._projected(x, packing)
         inputs, tails = torch.cat([q, kv], -1), _by_memory(state.tails)
         qkv, _ = base.convolve(inputs, ConvState(tails))
         tails = _tails_after(tails, inputs, packing.tokens)
@@ -259,6 +265,23 @@ class MixtureOfMemories(Memory):
         if positions is not None:
             positions = packed(positions[..., None], packing)[..., 0]
         return base.operands(qkv, raw, positions), tails
+
+    def _projected(self, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys with values, and the gates' numbers of the packed tokens."""
+        weight, (queries, keys, values) = self.base.in_proj.weight, self.base.widths
+        if self.write_proj is None:
+            every = packed(self.base.in_proj(x), packing)
+            q, kv, raw = every.tensor_split([queries, queries + keys + values], dim=-1)
+            return q, kv, raw
+        first = [] if self.shared else [weight[queries:][None]]
+        rows = rearrange(packed(x, packing), "(m b) l d -> m (b l) d", b=len(x))
+        writes = rearrange(
+            torch.bmm(rows, torch.cat([*first, self.write_proj]).mT),
+            "m (b l) w -> (m b) l w",
+            b=len(x),
+        )
+        kv, raw = writes.tensor_split([keys + values], dim=-1)
+        return packed(F.linear(x, weight[:queries]), packing), kv, raw
 
     def _nothing(self, x: Tensor, state: MixtureState) -> Output:
         """The output of no token."""

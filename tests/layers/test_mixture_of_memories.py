@@ -30,6 +30,14 @@ BASES = [
 every_base = pytest.mark.parametrize(("name", "example"), BASES, ids=lambda value: str(value))
 
 
+FORMS = {  # of what goes before the rule
+    "after": {"convolve": "after"},
+    "before": {"convolve": "before"},
+    "single_projection": {"convolve": "before", "single_projection": True},
+}
+every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
 def mixture(dtype=torch.float64, memory=None, conv_size=4, **options):
     torch.manual_seed(0)
     memory = memory or partial(GatedDeltaNet, heads=HEADS, conv_size=conv_size)
@@ -83,11 +91,19 @@ class Memory:
         return y[0, 0]
 
 
+def writes_of(layer):
+    """Each memory's projection of keys, values and gates."""
+    own = layer.base.in_proj.weight[layer.base.widths[0] :]
+    if layer.single_projection:
+        return [own] * layer.memories
+    return [*layer.write_proj] if layer.shared else [own, *layer.write_proj]
+
+
 def recurrence(layer, x):
     """Outputs, matrices and tails `[B, M, ...]`, and the shared memory's, `[B, ...]`."""
     base, text = layer.base, x
     own = base.in_proj.weight[base.widths[0] :]
-    writes = [*layer.write_proj] if layer.shared else [own, *layer.write_proj]
+    writes = writes_of(layer)
     taps = None if base.conv is None else base.conv.weight
     if layer.conv is not None:
         history = F.pad(x, (0, 0, 3, 0))
@@ -99,7 +115,7 @@ def recurrence(layer, x):
         memories = [Memory(base, write, taps) for write in writes]
         shared, outputs = Memory(base, own, taps), []
         for token, word in zip(row, words, strict=True):
-            p = layer.router(token).softmax(0)
+            p = layer.router(word).softmax(0)
             chosen = sorted(range(len(p)), key=lambda m: -p[m].item())[: layer.top_k]
             y = shared.step(word) if layer.shared else 0
             for m in chosen:
@@ -121,11 +137,11 @@ def assert_state_is(state, matrices, tails, shared, tail):
         assert_close(held.conv.tail, tail, "shared tail")
 
 
-@pytest.mark.parametrize("convolve", ["after", "before"])
+@every_form
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "unshared"])
 @pytest.mark.parametrize("top_k", [1, 2, 3, 4])
-def test_it_is_a_recurrence_of_the_routed_memories(top_k, shared, convolve):
-    layer, x = mixture(top_k=top_k, shared=shared, convolve=convolve), inputs(length=9)
+def test_it_is_a_recurrence_of_the_routed_memories(top_k, shared, form):
+    layer, x = mixture(top_k=top_k, shared=shared, **form), inputs(length=9)
     with torch.no_grad():
         expected, *states = recurrence(layer, x)
         whole = layer(x)
@@ -137,9 +153,9 @@ def test_it_is_a_recurrence_of_the_routed_memories(top_k, shared, convolve):
             assert_state_is(pieces.state, *states)
 
 
-@pytest.mark.parametrize("convolve", ["after", "before"])
-def test_its_gradients_are_those_of_the_recurrence(convolve):
-    layer, x = mixture(convolve=convolve), inputs(length=8).requires_grad_()
+@every_form
+def test_its_gradients_are_those_of_the_recurrence(form):
+    layer, x = mixture(**form), inputs(length=8).requires_grad_()
     wanted = [x, *layer.parameters()]
     expected, matrices, *_ = recurrence(layer, x)
     output = layer(x)
@@ -169,9 +185,9 @@ def test_decoding_after_a_prompt_gives_what_the_whole_gives():
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "unshared"])
-@pytest.mark.parametrize("convolve", ["after", "before"])
-def test_what_is_recalled_is_what_the_routed_memories_hold(convolve, shared):
-    layer, x = mixture(convolve=convolve, shared=shared), inputs(length=30)
+@every_form
+def test_what_is_recalled_is_what_the_routed_memories_hold(form, shared):
+    layer, x = mixture(shared=shared, **form), inputs(length=30)
     asked = inputs(batch=2, length=50)[:, 30:]
     with torch.no_grad():
         state = layer(x).state
@@ -231,9 +247,9 @@ def test_names_of_memories_mean_nothing():
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("convolve", ["after", "before"])
-def test_no_token_changes_what_came_before_or_other_rows(convolve, training):
-    layer, x = mixture(convolve=convolve).train(training), inputs(batch=3, length=24)
+@every_form
+def test_no_token_changes_what_came_before_or_other_rows(form, training):
+    layer, x = mixture(**form).train(training), inputs(batch=3, length=24)
     with torch.no_grad():
         before = layer(x)
         for token in range(24):
@@ -442,6 +458,9 @@ def test_sizes_are_counted():
     unshared = mixture(memories=5, top_k=2, shared=False)
     assert sum(p.numel() for p in unshared.parameters()) == held - write
     assert unshared.active_parameters() == held - write - 3 * write
+    single = mixture(memories=5, top_k=2, single_projection=True)
+    parameters = sum(p.numel() for p in single.parameters())
+    assert parameters == shared_and_all + 5 * D == single.active_parameters()
 
 
 @pytest.mark.parametrize(
