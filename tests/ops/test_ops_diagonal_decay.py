@@ -1,10 +1,14 @@
 """What is peculiar to decays per channel: what they mean, and that none is too strong."""
 
+from collections import Counter
+
 import pytest
 import torch
 
 from ops import OPS
 from ops.diagonal_decay import diagonal_decay, diagonal_decay_chunk, diagonal_decay_naive
+from ops.diagonal_decay.mild import LIMIT, MildSegment
+from ops.diagonal_decay.strong import StrongSegment
 from ops.scalar_decay import scalar_decay_naive
 from tests.ops.calls import gradients, make, results
 from tests.ops.closeness import assert_close, relative_error
@@ -59,6 +63,42 @@ def test_several_segments_carry_state_and_gradient(monkeypatch):
     chunked = inputs | {"chunk_size": 16}  # segments of two chunks, the last of one and a part
     assert_close(results(diagonal_decay_chunk, chunked), results(OP.naive, inputs), 1e-10)
     assert_close(gradients(diagonal_decay_chunk, chunked), gradients(OP.naive, inputs), 1e-10)
+
+
+def test_mild_and_strong_segments_follow_each_other(monkeypatch):
+    monkeypatch.setattr("ops.diagonal_decay.chunk._SEGMENT_NUMBERS", 2 * 6 * 16 * 20)
+    inputs = make(OP, 150)
+    inputs["g"][1, 70:75, 2, 3] = -20.0  # in the third of five segments
+    chunked = inputs | {"chunk_size": 16}
+    kinds = Counter()
+    for kind in (MildSegment, StrongSegment):
+        forward = kind.forward
+        monkeypatch.setattr(
+            kind, "forward", lambda *args, f=forward, k=kind: kinds.update([k]) or f(*args)
+        )
+    assert_close(results(diagonal_decay_chunk, chunked), results(OP.naive, inputs), 1e-10)
+    assert kinds == {MildSegment: 4, StrongSegment: 1}
+    assert_close(gradients(diagonal_decay_chunk, chunked), gradients(OP.naive, inputs), 1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("share", [0.99, 1.01])
+def test_decays_at_the_limit_of_mild_ones_are_exact(share, dtype, tolerance):
+    inputs = make(OP, 130, dtype=dtype)
+    inputs["g"] = torch.full_like(inputs["g"], -share * LIMIT / 64)
+    exact = {key: x.double() for key, x in inputs.items()}
+    assert_close(results(diagonal_decay_chunk, inputs), results(OP.naive, exact), tolerance)
+    assert_close(gradients(diagonal_decay_chunk, inputs), gradients(OP.naive, exact), tolerance)
+
+
+def test_what_is_not_a_number_shows():
+    inputs = make(OP, 130)
+    inputs["g"][0, 70, 1] = torch.nan
+    y, state = diagonal_decay_chunk(**inputs)
+    assert y[0, 70:, 1].isnan().all()
+    assert state[0, 1].isnan().all()
+    assert y[0, :, 0].isfinite().all()
+    assert y[1].isfinite().all()
 
 
 def _scattered(values, like):
