@@ -1,6 +1,7 @@
 """How the command-line programs end: one message and an exit status, not a traceback."""
 
 import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +21,19 @@ USER_ERRORS = (ConfigError, FitError, RunError)
 def report_errors() -> Iterator[None]:
     """Turns what a user can cause into one message on stderr and an exit status.
 
-    2: a mistake in the command or the files it names. 1: training failed. 130: Ctrl-C. A run that
-    SIGTERM stopped has saved itself and exits with 0.
+    2: a mistake in the command or the files it names. 1: training failed. 130: Ctrl-C. 141: whoever
+    read the output, such as `head`, had seen enough. A run that SIGTERM stopped has saved itself
+    and exits with 0.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        sys.exit(141)
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         sys.exit(stop.exit_status)
@@ -38,3 +46,10 @@ def report_errors() -> Iterator[None]:
     except (*USER_ERRORS, HydraException) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+
+
+def _output_is_closed() -> bool:
+    """Whether it is the program's own output that nobody reads any more."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)  # errors are reported whatever is asked for
+    return any(event & select.POLLERR for _, event in output.poll(0))

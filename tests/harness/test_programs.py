@@ -1,9 +1,12 @@
 """The programs as a user starts them."""
 
 import json
+import os
+import sys
 
 import pytest
 
+from harness.cli import report_errors
 from harness.compose import CONFIG_DIR
 from tests.harness.conftest import TINY, program
 
@@ -76,3 +79,18 @@ def test_budget_checks_its_command_line(tmp_path):
     done = program("scripts/budget.py", "mixer=sliding_windo", cwd=tmp_path)
     assert done.returncode == 2
     assert "did you mean 'sliding_window'?" in done.stderr
+
+
+def test_a_reader_that_has_seen_enough_ends_a_program_without_a_word(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as output, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", output)
+        with pytest.raises(SystemExit) as end, report_errors():
+            print("a line")
+    assert end.value.code == 141
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error():
+    with pytest.raises(BrokenPipeError), report_errors():
+        raise BrokenPipeError
