@@ -6,7 +6,7 @@ block of level l, R of them on a path; W numbers of a unit.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -15,18 +15,21 @@ from torch.nn import functional as F
 
 from layers.bank_blocks import Kind, init_units
 from layers.protocol import Policy, require_at_least, require_choice
+from layers.row_options import RowOptions
 
 GENERIC = -1
 """The route of a sequence that nobody can place: it fetches the generic block."""
 
 CLIP_GROUP = "bank"  # a bank's gradients are clipped together, apart from all others
 
-Update = Literal["lazy", "rowwise", "dense"]
-
 
 @dataclass(frozen=True)
-class BankOptions:
-    """What a bank holds and how training writes it.
+class BankOptions(RowOptions):
+    """What a bank holds, and how training writes it.
+
+    A row is a block here, and blocks that were not fetched are left alone, unless `update` is
+    "dense". The generic block always belongs to the model's optimiser. In arXiv 2510.02375 weight
+    decay is 1e-3.
 
     Attributes:
         branching: k, children of each node.
@@ -36,11 +39,6 @@ class BankOptions:
             "kv" adds attention over learned slots. The last two are for comparison.
         generic_probability: how often a training sequence gets the generic block in place of those
             of its route; None for 1 / (k + 1), as in arXiv 2510.02375.
-        update: how a step writes blocks: "lazy" is Adam for those that were fetched, "rowwise"
-            Adagrad with one accumulator a block; both leave every other block and its state
-            alone. "dense" gives them to the model's optimiser, which always has the generic block.
-        lr_multiplier: of blocks, times the model's learning rate.
-        weight_decay: of the blocks that a step writes; default 0 (arXiv 2510.02375: 1e-3).
 
     Raises:
         ValueError: an option is out of range.
@@ -50,17 +48,13 @@ class BankOptions:
     hidden: tuple[int, ...] = (32, 16, 8)
     kind: Kind = "ffn"
     generic_probability: float | None = None
-    update: Update = "lazy"
-    lr_multiplier: float = 1.0
-    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
+        super().__post_init__()
         object.__setattr__(self, "hidden", tuple(self.hidden))
         require_at_least(2, branching=self.branching)
         require_choice(Kind, kind=self.kind)
-        require_choice(Update, update=self.update)
-        require_at_least(0, weight_decay=self.weight_decay)
         if not self.hidden or min(self.hidden) < 0 or not any(self.hidden):
             raise ValueError(
                 f"hidden must name the units of each level, 0 or more and not all 0, such as "
@@ -70,8 +64,6 @@ class BankOptions:
             raise ValueError(
                 f"generic_probability must be from 0 to 1, got {self.generic_probability}"
             )
-        if self.lr_multiplier <= 0:
-            raise ValueError(f"lr_multiplier must be above 0, got {self.lr_multiplier}")
 
     @property
     def generic_share(self) -> float:
@@ -213,13 +205,7 @@ class MemoryBank(Bank):
     @property
     def policies(self) -> Mapping[str, Policy]:
         """What the optimiser is told of blocks."""
-        options = self.options
-        policy = Policy(
-            update=options.update,
-            lr_multiplier=options.lr_multiplier,
-            weight_decay=options.weight_decay,
-            clip_group=CLIP_GROUP,
-        )
+        policy = self.options.policy(CLIP_GROUP)
         levels = {f"level{level}": policy for level in self.shape.levels}
         return {"generic": policy._replace(update="dense"), **levels}
 

@@ -5,32 +5,24 @@ N rows, D width, m rows of a token.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from layers.protocol import Policy, require_at_least, require_choice
+from layers.protocol import Policy, require_at_least
+from layers.row_options import RowOptions
 from ops.table_read import dot_rows, sum_rows
-
-Update = Literal["lazy", "rowwise", "dense"]
 
 CLIP_GROUP = "tables"  # gradients of tables are clipped together, apart from all others
 
 
-@dataclass(frozen=True)
-class TableOptions:
-    """How the optimiser writes a table, and who owns it.
+@dataclass(frozen=True, kw_only=True)
+class TableOptions(RowOptions):
+    """How the optimiser writes a table, as `RowOptions` says, and who owns it.
 
     Attributes:
-        update: what a step does. "lazy" is Adam for the rows that the step has read, "rowwise" is
-            Adagrad for them with one accumulator a row; both leave other rows and their state
-            alone, and gradients are sparse. A plain optimiser of torch, such as AdamW, refuses
-            sparse gradients: make it with `models.make_optimizer`, or take "dense", which gives the
-            table to the model's optimiser like any parameter, with a dense gradient.
-        lr_multiplier: times the model's learning rate, before its schedule.
-        weight_decay: of the rows that a step writes.
         share: a name under which the model owns the table, so that every layer that gives this name
             reads the same rows; None for a table of the layer's own. It is a Python identifier, and
             no attribute of `nn.Module`, as it is part of the parameter's name.
@@ -39,20 +31,12 @@ class TableOptions:
         ValueError: an option is out of range, or the name is none.
     """
 
-    update: Update = "lazy"
-    lr_multiplier: float = 1.0
-    weight_decay: float = 0.0
     share: str | None = None
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        require_choice(Update, update=self.update)
+        super().__post_init__()
         _require_name(self.share)
-        if self.lr_multiplier <= 0 or self.weight_decay < 0:
-            raise ValueError(
-                f"lr_multiplier ({self.lr_multiplier}) must be above 0 and weight_decay "
-                f"({self.weight_decay}) 0 or more"
-            )
 
     def named(self, part: str) -> "TableOptions":
         """The same for one of several tables of a layer: a shared name tells them apart."""
@@ -112,14 +96,7 @@ class Table(nn.Module):
     @property
     def policies(self) -> Mapping[str, Policy]:
         """What the optimiser is told of the weight."""
-        options = self.options
-        policy = Policy(
-            update=options.update,
-            lr_multiplier=options.lr_multiplier,
-            weight_decay=options.weight_decay,
-            clip_group=CLIP_GROUP,
-        )
-        return {"weight": policy}
+        return {"weight": self.options.policy(CLIP_GROUP)}
 
     def sum_rows(
         self, rows: Int[Tensor, "*t m"], weights: Float[Tensor, "*t m"]

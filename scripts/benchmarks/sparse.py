@@ -142,7 +142,7 @@ def _experts(sub_keys: int) -> Contenders:
         top_k=TOP_K,
         sub_keys=sub_keys,
         key_dim=WIDTH,
-        table=TableOptions("lazy"),
+        table=TableOptions(update="lazy"),
     )
     yield "ours, lazy", ours, _ours(ours)
     try:
