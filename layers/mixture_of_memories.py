@@ -98,8 +98,7 @@ class MixtureOfMemories(Memory):
         convolve: the memory's short convolution runs "after" routing (default), over the tokens of
             one memory, as in the paper; or "before", over the layer's input in the order of the
             text, in place of it, and the router sees what it gives. After routing, a token's
-            neighbours are not those in the text, keys cannot count on the token before, and the
-            router cannot send a value to where the key before it will be looked up.
+            neighbours are not those in the text, and keys cannot count on the token before.
         single_projection: one projection of keys, values and gates for all memories, which differ
             in the tokens that they get alone (`single_kv_proj` of the released code); default
             False.
