@@ -22,13 +22,13 @@ def report_errors() -> Iterator[None]:
     """Turns what a user can cause into one message on stderr and an exit status.
 
     2: a mistake in the command or the files it names. 1: training failed. 130: Ctrl-C. 141: whoever
-    read the output, such as `head`, had seen enough. A run that SIGTERM stopped has saved itself
-    and exits with 0.
+    read the output, such as `head`, had seen enough (1 in the middle of a table that rich draws). A
+    run that SIGTERM stopped has saved itself and exits with 0.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
-        yield
-        sys.stdout.flush()
+        with _flushed():
+            yield
     except BrokenPipeError:
         if not _output_is_closed():
             raise
@@ -48,8 +48,22 @@ def report_errors() -> Iterator[None]:
         sys.exit(2)
 
 
+@contextmanager
+def _flushed() -> Iterator[None]:
+    """Writes out what was printed, also before `sys.exit`, while errors are still reported."""
+    try:
+        yield
+    finally:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+
+
 def _output_is_closed() -> bool:
     """Whether it is the program's own output that nobody reads any more."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (AttributeError, OSError):  # there is none, or it is no file
+        return False
     output = select.poll()
-    output.register(sys.stdout.fileno(), 0)  # errors are reported whatever is asked for
+    output.register(descriptor, 0)  # errors are reported whatever is asked for
     return any(event & select.POLLERR for _, event in output.poll(0))

@@ -1,5 +1,6 @@
 """The programs as a user starts them."""
 
+import io
 import json
 import os
 import sys
@@ -81,16 +82,21 @@ def test_budget_checks_its_command_line(tmp_path):
     assert "did you mean 'sliding_window'?" in done.stderr
 
 
-def test_a_reader_that_has_seen_enough_ends_a_program_without_a_word(monkeypatch):
+@pytest.mark.parametrize(
+    "shown", [lambda: print("a line"), lambda: sys.exit(print("a line"))], ids=["ends", "exits"]
+)
+def test_a_reader_that_has_seen_enough_ends_a_program_without_a_word(monkeypatch, shown):
     read, write = os.pipe()
     os.close(read)
     with open(write, "w") as output, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", output)
         with pytest.raises(SystemExit) as end, report_errors():
-            print("a line")
+            shown()
     assert end.value.code == 141
 
 
-def test_a_pipe_that_breaks_elsewhere_is_an_error():
+@pytest.mark.parametrize("output", [None, io.StringIO()], ids=["none", "no file"])
+def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch, output):
+    monkeypatch.setattr(sys, "stdout", output)
     with pytest.raises(BrokenPipeError), report_errors():
         raise BrokenPipeError

@@ -57,9 +57,10 @@ def test_chunk_size_must_be_a_power_of_two(chunk_size):
         diagonal_decay(**make(OP, 5), chunk_size=chunk_size)
 
 
-def test_several_segments_carry_state_and_gradient(monkeypatch):
+@pytest.mark.parametrize("regime", ["typical", "mixed_decay"])
+def test_several_segments_carry_state_and_gradient(regime, monkeypatch):
     monkeypatch.setattr("ops.diagonal_decay.chunk._SEGMENT_NUMBERS", 2 * 6 * 16 * 20)
-    inputs = make(OP, 150)
+    inputs = make(OP, 150, regime=regime)
     chunked = inputs | {"chunk_size": 16}  # segments of two chunks, the last of one and a part
     assert_close(results(diagonal_decay_chunk, chunked), results(OP.naive, inputs), 1e-10)
     assert_close(gradients(diagonal_decay_chunk, chunked), gradients(OP.naive, inputs), 1e-10)
@@ -91,9 +92,10 @@ def test_decays_at_the_limit_of_mild_ones_are_exact(share, dtype, tolerance):
     assert_close(gradients(diagonal_decay_chunk, inputs), gradients(OP.naive, exact), tolerance)
 
 
-def test_what_is_not_a_number_shows():
+def test_what_is_not_a_number_stays_where_it_is():
     inputs = make(OP, 130)
     inputs["g"][0, 70, 1] = torch.nan
+    inputs["g"][1, 5, 0] = -1000.0  # too strong for a segment of mild decays
     y, state = diagonal_decay_chunk(**inputs)
     assert y[0, 70:, 1].isnan().all()
     assert state[0, 1].isnan().all()
