@@ -97,8 +97,8 @@ class MixtureOfMemories(Memory):
         shared: a memory that every token writes, with weight one; default True.
         convolve: the memory's short convolution runs "after" routing (default), over the tokens of
             one memory, as in the paper; or "before", over the layer's input in the order of the
-            text, in place of it. After routing, a token's neighbours are not those in the text, and
-            keys cannot count on the token before.
+            text, in place of it, and the router sees what it gives. After routing, a token's
+            neighbours are not those in the text, and keys cannot count on the token before.
         single_projection: one projection of keys, values and gates for all memories, which differ
             in the tokens that they get alone (`single_kv_proj` of the released code); default
             False.
@@ -165,7 +165,7 @@ class MixtureOfMemories(Memory):
         if x.numel() == 0:  # there is nothing to write, and no sequence to pack
             return self._nothing(x, state)
         text, conv = self._convolved(x, state.conv)
-        logits = self._logits(x, state.position)
+        logits = self._logits(text, state.position)
         routes = route(logits, self.top_k)
         y, memories, tails = self._routed(text, routes, state)
         shared = state.shared

@@ -115,7 +115,7 @@ def recurrence(layer, x):
         memories = [Memory(base, write, taps) for write in writes]
         shared, outputs = Memory(base, own, taps), []
         for token, word in zip(row, words, strict=True):
-            p = layer.router(token).softmax(0)
+            p = layer.router(word).softmax(0)
             chosen = sorted(range(len(p)), key=lambda m: -p[m].item())[: layer.top_k]
             y = shared.step(word) if layer.shared else 0
             for m in chosen:
