@@ -116,8 +116,9 @@ def diagonal_decay_chunk(
     Time is linear in T at any length, and beyond inputs and outputs the memory is that of one
     segment of a few chunks, plus T / chunk_size states when a gradient is wanted. Exact for any
     g <= 0, however strong or uneven, minus infinity included: segments where a channel forgets much
-    are worked without ever dividing by a decay, in 1.5 times the time. The gradient is analytic; it
-    cannot be differentiated again. Compiled callers see one opaque call (a graph break).
+    are worked without ever dividing by a decay, in about 1.5 times the time. The gradient is
+    analytic; it cannot be differentiated again. Compiled callers see one opaque call (a graph
+    break).
 
     Args:
         q: Queries.
