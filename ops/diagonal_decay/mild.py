@@ -38,6 +38,7 @@ class MildSegment(Segment):
         self.whole = self.since[:, -1, :, None]
         self.wholes = self.whole.split(self.memories)
 
+    @torch.compiler.disable  # it branches on numbers, and writes to views of other strides
     def take(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> bool:
         """Take in chunks, if decays are mild."""
         since = torch.cumsum(g, -2, out=self.since.view(g.shape))
