@@ -109,7 +109,8 @@ class MixtureOfMemories(Memory):
 
     State: M times that of the memory, the shared one's, and a convolution's tail each.
 
-    Where we differ: the paper's memory is Gated DeltaNet, ours is any; its balance loss of 0.001
+    Where we differ: the paper's memory is Gated DeltaNet, ours is any; its router sees the layer's
+    input, ours, with the convolution "before", what that gives; its balance loss of 0.001
     and 0.01 are both published, and both were within noise there. The released code convolves
     across the bounds of the memories' sequences in training; ours does not.
 
