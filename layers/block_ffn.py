@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layers.experts import Experts
+from layers.norm import RMSNorm
 from layers.precision import at_least_fp32
 from layers.protocol import Layer, Output, State, require_at_least
 from layers.registry import register
@@ -75,7 +76,7 @@ class BlockFFN(Layer):
             expert_dim = 8 * -(-d_model // experts)
         self.chunk_loss, self.locality_loss, self.chunk = chunk_loss, locality_loss, chunk
         self.router = nn.Linear(d_model, experts, bias=False)
-        self.norm = nn.RMSNorm(experts)
+        self.norm = RMSNorm(experts)
         self.experts = Experts(d_model, experts=experts, hidden=expert_dim, gated=False)
         with torch.no_grad():
             self.experts.out_proj.weight.div_(experts**0.5)
@@ -87,7 +88,8 @@ class BlockFFN(Layer):
     def routed(self, x: Float[Tensor, "b t d"], seen: Float[Tensor, "b t d"]) -> Output:
         """Transforms each position by the experts that are active for what the router sees."""
         logits = router_logits(seen, self.router.weight)
-        gates = F.rms_norm(logits.relu(), logits.shape[-1:], at_least_fp32(self.norm.weight))
+        weight = at_least_fp32(self.norm.weight)
+        gates = F.rms_norm(logits.relu(), logits.shape[-1:], weight, self.norm.eps)
         active = logits.relu() != 0  # what is not a number is active, and is seen
         observe(self, "route", gates)
         return Output(self._mixed(x, gates, active), aux=self._aux(logits, active))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from layers.eidetic import (
     EideticState,
@@ -18,6 +18,7 @@ from layers.eidetic import (
 )
 from layers.gated_delta_net import GatedDeltaNet
 from layers.key_sets import Blocks, attend
+from layers.norm import RMSNorm
 from layers.protocol import Layer, Output, Recipe, State, join_aux, require_at_least
 from layers.registry import register
 from layers.rotary import rotate
@@ -119,7 +120,7 @@ class BMojo(Layer):
         require_at_least(0, eidetic=eidetic)
         self.window, self.eidetic = window, eidetic
         self.memory = memory(d_model)
-        self.norm = nn.RMSNorm(d_model, eps=1e-5)
+        self.norm = RMSNorm(d_model)
         self.attention = SoftmaxAttention(  # for its projections; which keys are seen differs
             d_model,
             heads=heads,

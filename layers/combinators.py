@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from layers.feed_forward import MLP
 from layers.gated_convolution import GatedConvolution
+from layers.norm import RMSNorm
 from layers.protocol import (
     Layer,
     LayerList,
@@ -60,7 +61,7 @@ class Residual(_Composite):
 
     def __init__(self, d_model: int, *, layer: Recipe, dropout: float = 0.0) -> None:
         super().__init__([layer(d_model)])
-        self.norm = nn.RMSNorm(d_model)
+        self.norm = RMSNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "b t d"], state: State = None) -> Output:

@@ -4,9 +4,9 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from layers.matrix_memory import MatrixMemory, Operands, head_size
+from layers.norm import l2_norm
 from layers.precision import at_least_fp32
 from layers.registry import register
 from ops.delta import delta
@@ -22,7 +22,7 @@ class DeltaNet(MatrixMemory):
 
     Per head, `S_t = S_{t-1} + b_t k_t (v_t - S_{t-1}^T k_t)^T`, `o_t = S_t^T q_t / sqrt(K)`, with
 
-    * q, k, v: projection, short causal convolution, SiLU; q and k are then L2-normalised;
+    * q, k, v: projection, short causal convolution, SiLU; `l2_norm` of q and k;
     * write strength `b_t = sigmoid(w_b . x_t)`;
     * output: RMSNorm per head, then the output projection.
 
@@ -78,7 +78,7 @@ class DeltaNet(MatrixMemory):
         self, x: Float[Tensor, "b t g k"], positions: Tensor | None
     ) -> Float[Tensor, "b t g k"]:
         """Unit norm."""
-        return F.normalize(x, dim=-1)
+        return l2_norm(x)
 
     def gates(self, raw: Float[Tensor, "b t n"]) -> dict[str, Tensor]:
         """Write strengths."""

@@ -10,7 +10,7 @@ from layers.short_convolution import ConvState, ShortConvolution
 
 @register(default={"conv_size": 3})
 class GatedConvolution(Layer):
-    """`y = conv(x) * (W x + b) + x`: BaseConv of "Zoology" (arXiv 2312.04927) with a short filter.
+    """`y = (conv(x) + c) * (W x + b) + x`: BaseConv of "Zoology" (arXiv 2312.04927), short.
 
     As the first layer of a recall model it moves each key next to its value, so that what follows
     is compared on recall rather than on learning to shift. As in the public code, the layer adds
@@ -23,7 +23,7 @@ class GatedConvolution(Layer):
 
     def __init__(self, d_model: int, *, conv_size: int = 3) -> None:
         super().__init__()
-        self.conv = ShortConvolution(d_model, conv_size=conv_size)
+        self.conv = ShortConvolution(d_model, conv_size=conv_size, bias=True)
         self.gate_proj = nn.Linear(d_model, d_model)
 
     def forward(self, x: Float[Tensor, "b t d"], state: ConvState | None = None) -> Output:

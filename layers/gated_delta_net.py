@@ -4,10 +4,10 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from layers.decay_gates import StepGate
 from layers.matrix_memory import MatrixMemory, Operands, head_size
+from layers.norm import NORM_EPS, l2_norm
 from layers.precision import at_least_fp32
 from layers.registry import register
 from ops.gated_delta import gated_delta
@@ -27,7 +27,7 @@ class GatedDeltaNet(MatrixMemory):
     Per head, `S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T`,
     `o_t = S_t^T q_t / sqrt(K)`, with
 
-    * q, k, v: projection, short causal convolution, SiLU; q and k are then L2-normalised;
+    * q, k, v: projection, short causal convolution, SiLU; `l2_norm` of q and k;
     * decay `log a_t = -exp(A_log) softplus(w_a . x_t + dt_bias)`, in fp32;
     * write strength `b_t = sigmoid(w_b . x_t)`;
     * output: RMSNorm per head, times `silu(W_g x_t)`, then the output projection.
@@ -41,6 +41,7 @@ class GatedDeltaNet(MatrixMemory):
         negative_eigenvalues: doubles b, so that a write can flip the sign of what a key holds
             (arXiv 2411.12537); default False.
         output_gate: multiply the output by `silu(W_g x)`; default True.
+        norm_eps: epsilon of the output's norm; default 1e-5; Qwen3-Next has 1e-6.
         chunk_size: tokens per tile of the chunked form; changes speed, not the function.
 
     State: `H K V` memory scalars and `(conv_size - 1)(2 H K + H V)` of the convolution.
@@ -63,6 +64,7 @@ class GatedDeltaNet(MatrixMemory):
         conv_size: int = 4,
         negative_eigenvalues: bool = False,
         output_gate: bool = True,
+        norm_eps: float = NORM_EPS,
         chunk_size: int = 64,
     ) -> None:
         key_dim = head_size(d_model, heads) if head_dim is None else head_dim
@@ -74,6 +76,7 @@ class GatedDeltaNet(MatrixMemory):
             gates=2 * heads,
             conv_size=conv_size,
             silu=True,
+            norm_eps=norm_eps,
             output_gate=output_gate,
         )
         self.chunk_size = chunk_size
@@ -84,7 +87,7 @@ class GatedDeltaNet(MatrixMemory):
         self, x: Float[Tensor, "b t g k"], positions: Tensor | None
     ) -> Float[Tensor, "b t g k"]:
         """Unit norm."""
-        return F.normalize(x, dim=-1)
+        return l2_norm(x)
 
     def gates(self, raw: Float[Tensor, "b t n"]) -> dict[str, Tensor]:
         """Log decays and write strengths."""

@@ -4,6 +4,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from layers.norm import RMSNorm
 from layers.protocol import require_at_least
 
 
@@ -26,7 +27,7 @@ class GatedMemoryUnit(nn.Module):
         super().__init__()
         require_at_least(1, saved_dim=saved_dim)
         self.gate_proj = nn.Linear(d_model, saved_dim, bias=False)
-        self.norm = nn.RMSNorm(saved_dim) if norm else None
+        self.norm = RMSNorm(saved_dim) if norm else None
         self.out_proj = nn.Linear(saved_dim, d_model, bias=False)
 
     def forward(

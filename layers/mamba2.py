@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from layers.decay_gates import StepGate
 from layers.matrix_memory import MatrixMemory, Operands, read_matrix
+from layers.norm import RMSNorm
 from layers.protocol import require_at_least
 from layers.registry import register
 from ops.scalar_decay import scalar_decay
@@ -83,7 +84,7 @@ class Mamba2(MatrixMemory):
         self.chunk_size = chunk_size
         self.decay = StepGate(heads, rates=RATES)
         self.D = nn.Parameter(torch.ones(heads))
-        self.norm = nn.RMSNorm(width)
+        self.norm = RMSNorm(width)
 
     def gates(self, raw: Float[Tensor, "b t h"]) -> dict[str, Tensor]:
         """Log decays, and steps as the strengths of writes."""

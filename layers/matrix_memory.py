@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from layers.norm import NORM_EPS, RMSNorm
 from layers.protocol import Memory, Output, require_at_least, state_tensors
 from layers.short_convolution import ConvState, ShortConvolution
 from ops.precision import without_autocast
@@ -78,6 +79,7 @@ class MatrixMemory(Memory):
         conv_size: taps of the short convolution over q, k and v; 1 for none.
         silu: SiLU on q, k and v after the convolution.
         norm: RMSNorm of the answer per head.
+        norm_eps: its epsilon.
         output_gate: multiply the answer by `silu(W_g x)`.
 
     Raises:
@@ -102,6 +104,7 @@ class MatrixMemory(Memory):
         conv_size: int = 1,
         silu: bool = False,
         norm: bool = True,
+        norm_eps: float = NORM_EPS,
         output_gate: bool = True,
     ) -> None:
         super().__init__()
@@ -115,7 +118,7 @@ class MatrixMemory(Memory):
         if conv_size != 1:
             self.conv = ShortConvolution(2 * keys + values, conv_size=conv_size)
         self.gate_proj = nn.Linear(d_model, values, bias=False) if output_gate else None
-        self.norm = nn.RMSNorm(value_dim) if norm else None
+        self.norm = RMSNorm(value_dim, norm_eps) if norm else None
         self.out_proj = nn.Linear(values, d_model, bias=False)
 
     # What a layer of the family defines.

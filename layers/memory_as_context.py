@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from layers.gated_delta_net import GatedDeltaNet
 from layers.memory_with_attention import BranchGate
+from layers.norm import RMSNorm
 from layers.protocol import Layer, Memory, Output, Recipe, State, join_aux, require_at_least
 from layers.registry import register
 from layers.rotary import rotate
@@ -111,7 +112,7 @@ class MemoryAsContext(Layer):
             raise ValueError(f"rotary positions need an even head size, got {d_model // heads}")
         self.segment, self.heads, self.rope_base = segment, heads, rope_base
         self.memory = _able_to_recall(memory(d_model))
-        self.recall_norm = nn.RMSNorm(d_model, eps=1e-5)
+        self.recall_norm = RMSNorm(d_model)
         nn.init.constant_(self.recall_norm.weight, RECALL_SCALE)
         self.query_proj = nn.Linear(d_model, d_model, bias=False)
         self.q_proj = nn.Linear(d_model, d_model, bias=False)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from layers.gated_delta_net import GatedDeltaNet
 from layers.memory_with_attention import WindowState, _MemoryWithWindow
+from layers.norm import RMSNorm
 from layers.protocol import Output, Recipe, join_aux
 from layers.registry import register
 
@@ -61,7 +62,7 @@ class MemoryAsLayer(_MemoryWithWindow):
         persistent: int = 4,
     ) -> None:
         super().__init__(d_model, memory=memory, heads=heads, window=window, persistent=persistent)
-        self.norm = nn.RMSNorm(d_model)
+        self.norm = RMSNorm(d_model)
         if self.attention.persistent is not None:
             nn.init.normal_(self.attention.persistent, std=PERSISTENT_STD)
 

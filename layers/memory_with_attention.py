@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from layers.norm import RMSNorm
 from layers.protocol import Layer, Recipe, State, select_state
 from layers.softmax_attention import KVCache, SoftmaxAttention
 from layers.telemetry import unrecorded
@@ -27,8 +28,8 @@ class BranchGate(nn.Module):
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(d_model)
-        self.memory_norm = nn.RMSNorm(d_model)
+        self.attention_norm = RMSNorm(d_model)
+        self.memory_norm = RMSNorm(d_model)
 
     def forward(self, y: Float[Tensor, "b t d"], m: Float[Tensor, "b t d"]) -> Tensor:
         """Joins attention's output `y` and the memory's answer `m`."""

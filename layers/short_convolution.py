@@ -17,7 +17,9 @@ class ConvState(NamedTuple):
     tail: Float[Tensor, "b w d"]
 
 
-@register(default={"conv_size": 4}, pointwise={"conv_size": 1})
+@register(
+    default={"conv_size": 4}, pointwise={"conv_size": 1}, biased={"conv_size": 3, "bias": True}
+)
 class ShortConvolution(Layer):
     """`y_t = sum_j w_j * x_{t-j}` per channel, j = 0 .. conv_size - 1, zeros before the start.
 
@@ -27,20 +29,23 @@ class ShortConvolution(Layer):
     Args:
         d_model: channels D.
         conv_size: taps; default 4, the width of Mamba (arXiv 2312.00752) and its successors.
+        bias: add a bias per channel; default False.
 
-    Weights start uniform in `+-conv_size**-0.5`, as PyTorch's depthwise Conv1d does.
+    Weights and bias start uniform in `+-conv_size**-0.5`, as PyTorch's depthwise Conv1d does.
     """
 
-    def __init__(self, d_model: int, *, conv_size: int = 4) -> None:
+    def __init__(self, d_model: int, *, conv_size: int = 4, bias: bool = False) -> None:
         super().__init__()
         require_at_least(1, conv_size=conv_size)
         self.weight = nn.Parameter(torch.empty(d_model, conv_size))
-        nn.init.uniform_(self.weight, -(conv_size**-0.5), conv_size**-0.5)
+        self.bias = nn.Parameter(torch.empty(d_model)) if bias else None
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -(conv_size**-0.5), conv_size**-0.5)
 
     def forward(self, x: Float[Tensor, "b t d"], state: ConvState | None = None) -> Output:
         """Convolves `x`, continuing from the inputs in `state`."""
         y, tail = short_convolution(x, self.weight, None if state is None else state.tail)
-        return Output(y, ConvState(tail))
+        return Output(y if self.bias is None else y + self.bias, ConvState(tail))
 
     def init_state(self, batch_size: int) -> ConvState:
         """Zeros."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layers.matrix_memory import head_size
+from layers.norm import RMSNorm
 from layers.precision import at_least_fp32
 from layers.protocol import Layer, Output, Policy
 from layers.registry import register
@@ -97,7 +98,7 @@ class SLSTM(Layer):
         bias = torch.zeros(4, heads, width)
         bias[1] = torch.linspace(*FORGET_BIAS, width)
         self.bias = nn.Parameter(bias)
-        self.norm = nn.RMSNorm(width)
+        self.norm = RMSNorm(width)
         self.out_proj = nn.Linear(heads * width, d_model, bias=False)
 
     def forward(self, x: Float[Tensor, "b t d"], state: RecurrentState | None = None) -> Output:

@@ -1,8 +1,8 @@
 """Test-time memory: a small network whose weights are the state, trained by the tokens it reads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from layers.norm import RMSNorm, l2_norm
 from layers.precision import at_least_fp32
-from layers.protocol import Memory, Output, require_at_least
+from layers.protocol import Memory, Output, Policy, require_at_least
 from layers.registry import register
 from layers.rotary import rotate
 from layers.short_convolution import ConvState, ShortConvolution
@@ -183,6 +184,9 @@ class TestTimeMemory(Memory):
         ValueError: heads that do not divide the width, or parts that do not go together.
     """
 
+    policies: ClassVar[Mapping[str, Policy]] = dict.fromkeys(
+        ("initial", "memory_norm_weight", "memory_norm_bias"), Policy(decays=False)
+    )
     __test__ = False  # the name is the field's; pytest is not to collect it
 
     def __init__(
@@ -233,7 +237,7 @@ class TestTimeMemory(Memory):
         self._make_fast_weights(memory)
         self._make_gates(d_model)
         self.gate_proj = nn.Linear(d_model, d_model, bias=False) if output_gate else None
-        self.norm = nn.RMSNorm(self.value_dim)
+        self.norm = RMSNorm(self.value_dim)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
     def forward(self, x: Float[Tensor, "b t d"], state: TestTimeState | None = None) -> Output:
@@ -399,7 +403,7 @@ class TestTimeMemory(Memory):
         """
         features = self.features
         if features.normalize:
-            xs = [F.normalize(x, dim=-1) for x in xs]
+            xs = [l2_norm(x) for x in xs]
         if features.rope is not None:
             steps = torch.arange(xs[0].shape[1], device=xs[0].device) * advance
             if features.rope == "sequence":

@@ -27,6 +27,7 @@ from layers import (
     start_state,
 )
 from layers.hierarchical_ffn import shape_of
+from layers.norm import RMSNorm
 from layers.table import NamedTables
 
 EMBEDDING_STD = 0.02  # GPT-2's; with a tied head it keeps the first logits near zero
@@ -86,7 +87,7 @@ class LanguageModel(nn.Module):
         self.tables = NamedTables(bind_shared_tables(self.blocks))
         self.bank: Bank | None = None
         self._make_bank(d_model)
-        self.norm = nn.RMSNorm(d_model)
+        self.norm = RMSNorm(d_model)
         self.head = None if tie_embeddings else nn.Linear(d_model, vocab_size, bias=False)
         self._init_weights()
 

@@ -1,7 +1,7 @@
 """How the optimiser treats each parameter: learning rate, weight decay, kind of update."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,8 +36,9 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
     Parameters with two or more axes decay (linear maps, embeddings, filters, learned tokens).
     Vectors and scalars do not, which covers norms, biases and most decay parameters of gates, where
-    decay would change how long a memory lasts. The `policies` of the modules that own them exempt
-    others, say how fast theirs may learn and which are updated row by row.
+    decay would change how long a memory lasts. The `policies` of the layers that own them exempt
+    others, such as the initial weights of a test-time memory, say how fast theirs may learn and
+    which are updated row by row. A `ParameterList` has the policy that its owner gives its name.
     """
     groups: dict[Policy, list[nn.Parameter]] = defaultdict(list)
     for parameter, policy in policies_of(model).items():
@@ -62,7 +63,7 @@ def policies_of(model: nn.Module) -> dict[nn.Parameter, Policy]:
     found: dict[nn.Parameter, Policy] = {}
     for module in model.modules():
         policies = getattr(module, "policies", {})
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in _own_parameters(module):
             policy = policies.get(name, NO_POLICY)
             if policy.update != "dense" and parameter.ndim != 2:
                 raise ValueError(
@@ -72,6 +73,14 @@ def policies_of(model: nn.Module) -> dict[nn.Parameter, Policy]:
             if found.get(parameter, NO_POLICY) == NO_POLICY:
                 found[parameter] = policy
     return found
+
+
+def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that a module names: its own, and those of lists under the list's name."""
+    yield from module.named_parameters(recurse=False)
+    for name, child in module.named_children():
+        if isinstance(child, nn.ParameterList):
+            yield from ((name, parameter) for parameter in child.parameters())
 
 
 def _as_optimised(parameter: nn.Parameter, policy: Policy) -> Policy:

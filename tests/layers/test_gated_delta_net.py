@@ -21,7 +21,7 @@ def test_it_is_the_papers_block_around_the_naive_recurrence():
     qkv, decay, strength = net.in_proj(x).split([64, 2, 2], -1)
     qkv = torch.nn.functional.silu(net.conv(qkv).y)
     q, k, v = (t.unflatten(-1, (2, -1)) for t in qkv.split([16, 16, 32], -1))
-    q, k = (t / t.norm(dim=-1, keepdim=True) for t in (q, k))
+    q, k = (t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
     decay = -net.decay.A_log.exp() * torch.nn.functional.softplus(decay + net.decay.dt_bias)
     y, memory = gated_delta_naive(q, k, v, decay, strength.sigmoid())
     y = net.norm(y).flatten(-2) * torch.nn.functional.silu(net.gate_proj(x))
