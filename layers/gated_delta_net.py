@@ -11,6 +11,7 @@ from layers.norm import NORM_EPS, l2_norm
 from layers.precision import at_least_fp32
 from layers.registry import register
 from ops.gated_delta import gated_delta
+from ops.sizes import scaled_width
 
 RATES = (0.0, 16.0)  # A at the start, as in the released code
 
@@ -72,7 +73,7 @@ class GatedDeltaNet(MatrixMemory):
             d_model,
             heads=heads,
             key_dim=key_dim,
-            value_dim=int(key_dim * expand_v),
+            value_dim=scaled_width(key_dim, expand_v),
             gates=2 * heads,
             conv_size=conv_size,
             silu=True,
