@@ -49,6 +49,8 @@ class DeltaNet(MatrixMemory):
         ValueError: heads that do not divide the width.
     """
 
+    silu = True
+
     def __init__(
         self,
         d_model: int,
@@ -69,7 +71,6 @@ class DeltaNet(MatrixMemory):
             value_dim=scaled_width(key_dim, expand_v),
             gates=heads,
             conv_size=conv_size,
-            silu=True,
             output_gate=output_gate,
         )
         self.chunk_size = chunk_size
