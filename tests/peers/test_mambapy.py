@@ -39,5 +39,11 @@ def test_mamba(options):
     compare(**options)
 
 
+def test_norms_without_a_counterpart_are_refused():
+    config = MambaConfig(d_model=WIDTH, n_layers=1, inner_layernorms=True)
+    with pytest.raises(ValueError, match="inner_layernorms is True; Mamba has False alone"):
+        mamba_options(config)
+
+
 def test_mamba_as_it_is():
     compare(precision={"in_double": False, "tolerance": 1e-5})  # rates and skips are in fp32

@@ -87,3 +87,9 @@ def test_mamba2(options):
 
 def test_mamba2_as_it_is():
     compare_mamba2(precision=AS_IT_IS)
+
+
+def test_activations_without_a_counterpart_are_refused():
+    config = Mamba2Config(hidden_size=32, num_heads=1, hidden_act="gelu")
+    with pytest.raises(ValueError, match="hidden_act is 'gelu'; Mamba2 has 'silu' or 'swish'"):
+        mamba2_options(config)

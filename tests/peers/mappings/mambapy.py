@@ -4,9 +4,16 @@ from typing import Any
 
 from torch import Tensor
 
+from tests.peers.mappings.requirements import require
+
 
 def mamba_options(config: Any) -> dict[str, Any]:
-    """Arguments of `layers.Mamba` from a `mambapy.mamba.MambaConfig`."""
+    """Arguments of `layers.Mamba` from a `mambapy.mamba.MambaConfig`.
+
+    Raises:
+        ValueError: norms of the steps, B and C (Jamba), which ours has not.
+    """
+    require(config, "Mamba", inner_layernorms=(False,))
     return {
         "expand": config.expand_factor,
         "state_dim": config.d_state,

@@ -5,9 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.peers.mappings.requirements import require
+
 
 def gated_delta_net_options(config: Any) -> dict[str, Any]:
-    """Arguments of `layers.GatedDeltaNet` from a `transformers.Qwen3NextConfig`."""
+    """Arguments of `layers.GatedDeltaNet` from a `transformers.Qwen3NextConfig`.
+
+    Raises:
+        ValueError: an activation other than SiLU.
+    """
+    require(config, "GatedDeltaNet", hidden_act=("silu", "swish"))
     return {
         "heads": config.linear_num_value_heads,
         "key_heads": config.linear_num_key_heads,

@@ -5,11 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.peers.mappings.requirements import require
+
+SILU = ("silu", "swish")
 _SAME = ("A_log", "D", "out_proj.weight")
 
 
 def mamba_options(config: Any) -> dict[str, Any]:
-    """Arguments of `layers.Mamba` from a `transformers.MambaConfig`."""
+    """Arguments of `layers.Mamba` from a `transformers.MambaConfig`.
+
+    Raises:
+        ValueError: an activation other than SiLU.
+    """
+    require(config, "Mamba", hidden_act=SILU)
     return {
         "expand": config.expand,
         "state_dim": config.state_size,
@@ -36,7 +44,12 @@ def mamba_weights(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
 
 
 def mamba2_options(config: Any) -> dict[str, Any]:
-    """Arguments of `layers.Mamba2` from a `transformers.Mamba2Config`."""
+    """Arguments of `layers.Mamba2` from a `transformers.Mamba2Config`.
+
+    Raises:
+        ValueError: an activation other than SiLU.
+    """
+    require(config, "Mamba2", hidden_act=SILU)
     return {
         "expand": config.expand,
         "head_dim": config.head_dim,
