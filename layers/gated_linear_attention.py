@@ -38,7 +38,8 @@ class GatedLinearAttention(MatrixMemory):
         expand_v: value size over key size, V / K; default 2.
         conv_size: taps of a short convolution over q, k and v; default 1, none, as in the paper.
         output_gate: multiply the output by `silu(W_g x)`; default True.
-        chunk_size: tokens per tile of the chunked form; changes speed, not the function.
+        chunk_size: tokens per tile of the chunked form, a power of two; changes speed, not the
+            function. Default 32.
 
     State: `H K V` memory scalars, and the convolution's tail.
 
@@ -58,7 +59,7 @@ class GatedLinearAttention(MatrixMemory):
         expand_v: float = 2.0,
         conv_size: int = 1,
         output_gate: bool = True,
-        chunk_size: int = 64,
+        chunk_size: int = 32,
     ) -> None:
         key_dim = head_size(d_model, heads) // 2 if head_dim is None else head_dim
         super().__init__(

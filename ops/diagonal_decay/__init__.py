@@ -23,7 +23,7 @@ def diagonal_decay(
     state: Float[Tensor, "B H K V"] | None = None,
     *,
     scale: float | None = None,
-    chunk_size: int = 64,
+    chunk_size: int = 32,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
     """Compute the memory with decays per channel in the form cheapest for the length given.
 
@@ -82,7 +82,7 @@ def _inputs(
     return {name: x.to(dtype) for name, x in tensors.items()} | {"state": state}
 
 
-def _flops(inputs: dict[str, Any], chunk: int = 64) -> float:
+def _flops(inputs: dict[str, Any], chunk: int = 32) -> float:
     """Operations of the forward pass: H [2 C (K + V) + 4 K V] a token."""
     batch, tokens, heads, key = inputs["k"].shape
     value = inputs["v"].shape[-1]

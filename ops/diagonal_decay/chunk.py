@@ -14,40 +14,20 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ops.diagonal_decay.mild import MildSegment
 from ops.diagonal_decay.segment import Segment
-from ops.diagonal_decay.strong import StrongSegment
 from ops.precision import without_autocast
 from ops.tiling import Tiling
 
-# Numbers per tensor of a segment, for each thread. The steps of a segment go over some twenty such
-# tensors, which should stay in cache; a smaller segment pays more for its calls than it gains.
-_SEGMENT_NUMBERS = 2**17
-
-
-class _Segments:
-    """What the parts of a sequence are worked in: memory that parts of one size share."""
-
-    def __init__(self, tiling: Tiling, state: Tensor, *, keep: bool) -> None:
-        """Memory like that of a state [B, H, K, V]; `keep` for a backward pass."""
-        self.tiling = tiling
-        self.mild = cache(partial(MildSegment, state, chunk=tiling.chunk))
-        self.strong = cache(partial(StrongSegment, state, chunk=tiling.chunk, keep=keep))
-
-    def take(self, part: slice, *inputs: Tensor) -> Segment:
-        """The segment that has taken in some chunks of q, k, v and g."""
-        tiles = [self.tiling.read(x, part) for x in inputs]
-        segment: Segment = self.mild(part.stop - part.start)
-        if not segment.take(*tiles):
-            segment = self.strong(part.stop - part.start)
-            segment.take(*tiles)
-        return segment
+# Numbers per tensor of a segment, for each thread. The steps of a segment go over some thirty such
+# tensors; a smaller segment pays more for its calls than it gains from caches.
+_SEGMENT_NUMBERS = 2**18
 
 
 class _DiagonalDecay(torch.autograd.Function):
     """The chunked form with its analytic gradient, segment by segment.
 
-    Only the states between chunks are kept for the backward pass; the rest is computed again.
+    The states between chunks and the inner products in them are kept for the backward pass; the
+    rest is computed again.
     """
 
     @staticmethod
@@ -66,13 +46,14 @@ class _DiagonalDecay(torch.autograd.Function):
         y = torch.empty_like(v, memory_format=torch.contiguous_format)
         parts = tiling.segments(_SEGMENT_NUMBERS * torch.get_num_threads())
         last, kept = state.flatten(0, 1), []
-        segments = _Segments(tiling, state, keep=False)
+        sized = cache(partial(Segment, state, chunk=chunk_size, keep=False))
         for part in parts:
-            out, s = segments.take(part, q, k, v, g).forward(last, scale)
+            tiles = tuple(tiling.read(x, part) for x in (q, k, v, g))
+            out, *saved = sized(part.stop - part.start).forward(tiles, last, scale)
             tiling.write(y, out, part)
-            last = s[-1]
+            last = saved[0][-1]
             if keep:
-                kept.append(s)
+                kept += saved
         ctx.save_for_backward(q, k, v, g, *kept)
         ctx.tiling, ctx.parts, ctx.scale = tiling, parts, scale
         return y, last.clone().view(state.shape)
@@ -82,12 +63,14 @@ class _DiagonalDecay(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, g, *kept = ctx.saved_tensors
         tiling: Tiling = ctx.tiling
-        segments = _Segments(tiling, dstate, keep=True)
+        sized = cache(partial(Segment, dstate, chunk=tiling.chunk, keep=True))
         grads = [x.new_empty(x.shape) for x in (q, k, v, g)]
         ds = dstate.flatten(0, 1)
-        for part, s in reversed(list(zip(ctx.parts, kept, strict=True))):
-            segment = segments.take(part, q, k, v, g)
-            outs, ds = segment.backward(tiling.read(dy, part), s, ds, ctx.scale)
+        for part, *saved in reversed(list(zip(ctx.parts, kept[::2], kept[1::2], strict=True))):
+            tiles = tuple(tiling.read(x, part) for x in (q, k, v, g))
+            segment = sized(part.stop - part.start)
+            dtiles = tiling.read(dy, part)
+            outs, ds = segment.backward(tiles, (saved[0], saved[1]), dtiles, ds, ctx.scale)
             for grad, out in zip(grads, outs, strict=True):
                 tiling.write(grad, out, part)
         return (*grads, ds.view(dstate.shape), None, None, None)
@@ -109,16 +92,16 @@ def diagonal_decay_chunk(
     state: Float[Tensor, "B H K V"] | None = None,
     *,
     scale: float | None = None,
-    chunk_size: int = 64,
+    chunk_size: int = 32,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
     """Compute `diagonal_decay_naive` in chunks, where most arithmetic is matrix products.
 
     Time is linear in T at any length, and beyond inputs and outputs the memory is that of one
-    segment of a few chunks, plus T / chunk_size states when a gradient is wanted. Exact for any
-    g <= 0, however strong or uneven, minus infinity included: segments where a channel forgets much
-    are worked without ever dividing by a decay, in about 1.5 times the time. The gradient is
-    analytic; it cannot be differentiated again. Compiled callers see one opaque call (a graph
-    break).
+    segment of a few chunks, plus T / chunk_size states and T * chunk_size numbers a head when a
+    gradient is wanted. Exact for any g <= 0, however strong or uneven, minus infinity included: one
+    form for all, which never divides by a decay, so that no sequence, head or later token moves
+    a bit of another. The gradient is analytic; it cannot be differentiated again. Compiled callers
+    see one opaque call (a graph break).
 
     Args:
         q: Queries.

@@ -92,7 +92,7 @@ def gated_by_hand(gate, y, m):
     def normalised(t, norm):
         return norm.weight * t / (t.square().mean(-1, keepdim=True) + norm_eps).sqrt()
 
-    norm_eps = torch.finfo(torch.float64).eps
+    norm_eps = 1e-5
     return (1 + normalised(y, gate.attention_norm)) * (1 + normalised(m, gate.memory_norm)) - 1
 
 

@@ -75,7 +75,7 @@ def dense_mixture(layer, x):
 
 def relu_gates(layer, x):
     a = layer.router(x).relu()
-    scale = (a.square().mean(-1, keepdim=True) + torch.finfo(a.dtype).eps).rsqrt()
+    scale = (a.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     return a * scale * layer.norm.weight
 
 

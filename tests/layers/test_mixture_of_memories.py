@@ -83,7 +83,7 @@ class Memory:
             window = torch.cat([self.tail, qkv[None]])
             qkv, self.tail = (window * self.taps.T).sum(0), window[1:]
         q, k, v = F.silu(qkv).view(3, 1, 1, HEADS, -1)
-        q, k = (t / t.norm(dim=-1, keepdim=True) for t in (q, k))
+        q, k = (t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
         gate = self.base.decay
         decay = -gate.A_log.exp() * F.softplus(decay + gate.dt_bias)
         gates = decay.view(1, 1, -1), strength.sigmoid().view(1, 1, -1)
@@ -120,7 +120,7 @@ def recurrence(layer, x):
             y = shared.step(word) if layer.shared else 0
             for m in chosen:
                 y = y + p[m] / sum(p[j] for j in chosen) * memories[m].step(word)
-            y = y * (y.square().mean(-1, keepdim=True) + torch.finfo(y.dtype).eps).rsqrt()
+            y = y * (y.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
             y = (y * base.norm.weight).flatten() * F.silu(base.gate_proj(token))
             outputs.append(base.out_proj(y))
         matrices = torch.cat([m.matrix for m in memories])
@@ -192,7 +192,7 @@ def test_what_is_recalled_is_what_the_routed_memories_hold(form, shared):
     with torch.no_grad():
         state = layer(x).state
         q = F.silu(asked @ layer.base.in_proj.weight[:D].T).unflatten(-1, (HEADS, -1))
-        q = q / q.norm(dim=-1, keepdim=True) * 8**-0.5
+        q = q / (q.square().sum(-1, keepdim=True) + 1e-6).sqrt() * 8**-0.5
         p = layer.router(asked).softmax(-1)
         kept = p * (p >= p.topk(2, dim=-1).values[..., 1:])
         mixed = torch.einsum("btm,bmhkv->bthkv", kept / kept.sum(-1, keepdim=True), state.memories)

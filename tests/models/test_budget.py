@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from layers import (
+    MLP,
     PEER,
     DiscreteKeyValueBottleneck,
     GatedDeltaNet,
     MixtureOfExperts,
     MixtureOfMemories,
     ProductKeyMemory,
+    SoftmaxAttention,
     UltraMemV2,
 )
 from models import LanguageModel, budget
@@ -37,6 +39,17 @@ def costs(recipe, seq_len=40, dtype=torch.float32):
 def test_each_row_of_a_table_costs_a_multiply_add_a_number(recipe, width, dtype):
     few, many = (costs(partial(recipe, top_k=k, sub_keys=8), dtype=dtype) for k in (4, 32))
     assert many.flops_per_token - few.flops_per_token == (32 - 4) * 2 * 2 * width
+
+
+def test_flops_are_those_counted_by_hand():
+    # 2 a multiply-add: two maps of 2 D x D, the head of D x V
+    assert costs(partial(MLP, expand=2)).flops_per_token == 2 * (2 * 2 * D * D + D * 7)
+    # q, k, v and output of D x D, scores and sums over T = 40 tokens, the head
+    attention = costs(partial(SoftmaxAttention, heads=2), seq_len=40)
+    assert attention.flops_per_token == 2 * (4 * D * D + 2 * 40 * D + D * 7)
+    # 4 experts of which a token reads 2, with 3 maps of D x D each, and the router; the sum of 2
+    mixture = costs(partial(MixtureOfExperts, experts=4, top_k=2, expand=1))
+    assert mixture.flops_per_token == 2 * (2 * 3 * D * D + 4 * D + 2 * D + D * 7)
 
 
 def test_slices_of_a_value_cost_what_the_value_does():

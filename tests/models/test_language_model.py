@@ -47,6 +47,16 @@ def test_tied_and_untied_heads():
     assert untied.active_parameters() == tied.active_parameters() + 16
 
 
+def test_an_untied_head_makes_the_logits():
+    untied = model(tie_embeddings=False)
+    with torch.no_grad():
+        untied.head.weight.zero_()
+        untied.head.weight[3] = 1.0
+    logits = untied(torch.tensor([[1, 2, 5]])).y
+    assert (logits[..., 3] != 0).all()
+    assert logits.square().sum() == logits[..., 3].square().sum()
+
+
 def test_residual_outputs_shrink_with_depth_and_gates_keep_their_start():
     shallow, deep = model(n_layers=1), model(n_layers=16)
     ratio = deep.blocks[0].parts[0].parts[0].out_proj.weight.std() / (

@@ -125,7 +125,6 @@ def test_any_split_of_the_sequence_gives_the_same(case, data):
 @pytest.mark.parametrize("position", [0, 40, 64, 99])
 @pytest.mark.parametrize("case", EVERY_REGIME, ids=ident)
 def test_changing_a_token_leaves_earlier_outputs_bit_equal(case, position):
-    """Where the change does not move `diagonal_decay` from mild to strong decays, or back."""
     name, form, regime = case
     op = OPS[name]
     length = 100

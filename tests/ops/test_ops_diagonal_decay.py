@@ -1,20 +1,18 @@
 """What is peculiar to decays per channel: what they mean, and that none is too strong."""
 
-from collections import Counter
-
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ops import OPS
 from ops.diagonal_decay import diagonal_decay, diagonal_decay_chunk, diagonal_decay_naive
-from ops.diagonal_decay.mild import LIMIT, MildSegment
-from ops.diagonal_decay.strong import StrongSegment
 from ops.scalar_decay import scalar_decay_naive
 from tests.ops.calls import gradients, make, results
 from tests.ops.closeness import assert_close, relative_error
 
 OP = OPS["diagonal_decay"]
 FORMS = [diagonal_decay_naive, diagonal_decay_chunk]
+EXTREME = ["no", "strong", "mixed"]  # beginnings of regimes that are unlike the typical one
 
 
 @pytest.mark.parametrize("function", FORMS)
@@ -66,36 +64,53 @@ def test_several_segments_carry_state_and_gradient(regime, monkeypatch):
     assert_close(gradients(diagonal_decay_chunk, chunked), gradients(OP.naive, inputs), 1e-10)
 
 
-def test_mild_and_strong_segments_follow_each_other(monkeypatch):
-    monkeypatch.setattr("ops.diagonal_decay.chunk._SEGMENT_NUMBERS", 2 * 6 * 16 * 20)
-    inputs = make(OP, 150)
-    inputs["g"][1, 70:75, 2, 3] = -20.0  # in the third of five segments
-    chunked = inputs | {"chunk_size": 16}
-    kinds = Counter()
-    for kind in (MildSegment, StrongSegment):
-        forward = kind.forward
-        monkeypatch.setattr(
-            kind, "forward", lambda *args, f=forward, k=kind: kinds.update([k]) or f(*args)
-        )
-    assert_close(results(diagonal_decay_chunk, chunked), results(OP.naive, inputs), 1e-10)
-    assert kinds == {MildSegment: 4, StrongSegment: 1}
-    assert_close(gradients(diagonal_decay_chunk, chunked), gradients(OP.naive, inputs), 1e-10)
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-6)])
-@pytest.mark.parametrize("share", [0.99, 1.01])
-def test_decays_at_the_limit_of_mild_ones_are_exact(share, dtype, tolerance):
-    inputs = make(OP, 130, dtype=dtype)
-    inputs["g"] = torch.full_like(inputs["g"], -share * LIMIT / 64)
+def test_mild_strong_and_mixed_decays_beside_each_other_are_exact(dtype, tolerance):
+    inputs = make(OP, 130, batch=4, dtype=dtype)
+    inputs["g"][1:] = torch.stack(
+        [make(OP, 130, dtype=dtype, regime=f"{kind}_decay")["g"][0] for kind in EXTREME]
+    )
+    inputs["g"][2, 70:75, 2, 3] = -torch.inf
     exact = {key: x.double() for key, x in inputs.items()}
-    assert_close(results(diagonal_decay_chunk, inputs), results(OP.naive, exact), tolerance)
-    assert_close(gradients(diagonal_decay_chunk, inputs), gradients(OP.naive, exact), tolerance)
+    for function in (results, gradients):
+        value, expected = function(diagonal_decay_chunk, inputs), function(OP.naive, exact)
+        for sample in range(4):
+            assert_close(
+                {name: x[sample] for name, x in value.items()},
+                {name: x[sample] for name, x in expected.items()},
+                tolerance,
+            )
+
+
+@pytest.mark.parametrize("regime", EXTREME)
+@pytest.mark.parametrize("length", [3, 130])
+def test_no_sample_moves_a_bit_of_another(regime, length):
+    """Whatever its decays are, in value, state and gradient."""
+    inputs = make(OP, length, batch=3, dtype=torch.float32)
+    extreme = inputs | {"g": inputs["g"].clone()}
+    extreme["g"][1] = make(OP, length, dtype=torch.float32, regime=f"{regime}_decay")["g"][0]
+    extreme["g"][1, length // 2, 2, 3] = -torch.inf
+    for function in (results, gradients):
+        before, after = function(diagonal_decay, inputs), function(diagonal_decay, extreme)
+        for name, x in before.items():
+            assert torch.equal(after[name][::2], x[::2]), name
+            assert not torch.equal(after[name][1], x[1]), name
+
+
+def test_nothing_waits_for_the_value_of_a_number():
+    """A fake tensor has no values, so that asking for one fails; on a GPU it would wait."""
+    with FakeTensorMode() as mode:
+        inputs = {key: mode.from_tensor(x) for key, x in make(OP, 130).items()}
+        inputs = {key: x.requires_grad_() for key, x in inputs.items()}
+        y, state = diagonal_decay(**inputs)
+        torch.autograd.backward((y, state), (torch.ones_like(y), torch.ones_like(state)))
+    assert inputs["g"].grad.shape == inputs["g"].shape
 
 
 def test_what_is_not_a_number_stays_where_it_is():
     inputs = make(OP, 130)
     inputs["g"][0, 70, 1] = torch.nan
-    inputs["g"][1, 5, 0] = -1000.0  # too strong for a segment of mild decays
+    inputs["g"][1, 5, 0] = -1000.0
     y, state = diagonal_decay_chunk(**inputs)
     assert y[0, 70:, 1].isnan().all()
     assert state[0, 1].isnan().all()

@@ -151,6 +151,16 @@ def test_the_best_validation_on_the_first_seed_decides(made, best):
     assert [(job.value, job.seed) for job in grid.others("matrix")] == [(best, 1)]
 
 
+@pytest.mark.parametrize("best", ["0.01", "0.03"])
+def test_where_lower_is_better_the_lowest_decides(made, best):
+    for lr in ("0.01", "0.03"):
+        run = made.run("matrix", f"optimizer.lr={lr}_seed0")
+        run.write_config({**run.read_config(), "task": {"_target_": "tasks.Text"}})
+        run.metrics.write_text(f"step,val/bits_per_byte\n1,{1.5 if lr == best else 2.5}\n2,3.0\n")
+    grid = Grid(read_reproduction("tiny"), made.path / "runs" / "tiny")
+    assert [(job.value, job.seed) for job in grid.chosen("matrix")] == [(best, 0), (best, 1)]
+
+
 def test_a_table_can_be_made_of_what_is_there(made):
     shutil.rmtree(next(made.path.glob("runs/tiny/matrix/*_seed1")))
     assert made.reproduce("--report-only") == 0
