@@ -62,6 +62,7 @@ from layers.protocol import (
 )
 from layers.registry import LAYERS, Entry, register
 from layers.retention import Retention
+from layers.rotary import RopeScaling
 from layers.s4d import S4D
 from layers.short_convolution import ShortConvolution
 from layers.slstm import SLSTM

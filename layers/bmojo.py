@@ -21,7 +21,6 @@ from layers.key_sets import Blocks, attend
 from layers.norm import RMSNorm
 from layers.protocol import Layer, Output, Recipe, State, join_aux, require_at_least
 from layers.registry import register
-from layers.rotary import rotate
 from layers.softmax_attention import SoftmaxAttention
 
 
@@ -137,7 +136,7 @@ class BMojo(Layer):
         q, k, v = self._projected(x, y)
         groups = self.attention.kv_heads
         eidetic = tuple(scored(e, k[:, :, :groups], v[:, :, :groups]) for e in state.eidetic)
-        q, k = self._placed(q, k, state.position)
+        q, k = self.attention.placed(q, k, state.position)
         recent, fading = torch.stack([k, v], 2).split(groups, dim=3)
         recent = torch.cat([state.recent.to(k.dtype), recent], 1)
         fading = torch.cat([state.fading.to(k.dtype), fading], 1)
@@ -195,15 +194,6 @@ class BMojo(Layer):
             kv, "b t both (two g k) -> two b t (both g) k", two=2, g=attention.kv_heads
         )
         return q, k, v
-
-    def _placed(self, q: Tensor, k: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys at their positions."""
-        base = self.attention.rope_base
-        if base is None:
-            return q, k
-        positions = start[:, None] + torch.arange(q.shape[1], device=q.device)
-        q, k = rotate(q, k, positions=positions, base=base)
-        return q, k
 
 
 def _last(tokens: Tensor, count: int) -> Tensor:

@@ -52,22 +52,24 @@ class CrossAttention(nn.Module):
 
     Args:
         d_model: width D.
-        source: the layer that makes them; heads and rotary positions are as there.
+        source: the layer that makes them; heads, rotary positions and biases are as there.
     """
 
     def __init__(self, d_model: int, *, source: SoftmaxAttention) -> None:
         super().__init__()
         self.heads, self.rope_base = source.heads, source.rope_base
-        width = source.heads * source.head_dim
-        self.q_proj = nn.Linear(d_model, width, bias=False)
-        self.out_proj = nn.Linear(width, d_model, bias=False)
+        self.rope_scaling = source.rope_scaling
+        width, bias = source.heads * source.head_dim, source.q_proj.bias is not None
+        self.q_proj = nn.Linear(d_model, width, bias=bias)
+        self.out_proj = nn.Linear(width, d_model, bias=bias)
 
     def forward(self, x: Float[Tensor, "b t d"], saved: KVCache) -> Float[Tensor, "b t d"]:
         """Attends from each token of `x`, the last T of the cache, to the tokens up to it."""
         q = rearrange(self.q_proj(x), "b t (h k) -> b t h k", h=self.heads)
         if self.rope_base is not None:
             ages = torch.arange(x.shape[1], 0, -1, device=x.device)
-            (q,) = rotate(q, positions=saved.position[:, None] - ages, base=self.rope_base)
+            positions = saved.position[:, None] - ages
+            (q,) = rotate(q, positions=positions, base=self.rope_base, scaling=self.rope_scaling)
         y = attention(q, saved.k.to(q.dtype), saved.v.to(q.dtype))
         return self.out_proj(rearrange(y, "b t h k -> b t (h k)"))
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from layers.precision import at_least_fp32
 
 STEP_RANGE = (1e-3, 1e-1)  # the step starts log-uniform here, so half-lives spread over decades
+NO_LIMIT = (0.0, math.inf)
 
 
 class StepGate(nn.Module):
@@ -22,10 +23,23 @@ class StepGate(nn.Module):
     Args:
         heads: H.
         rates: range of A at the start; (0, 16) in Gated DeltaNet's code, (1, 16) in Mamba-2's.
+        limit: smallest and largest step; default none.
+
+    Raises:
+        ValueError: a limit below zero, or whose ends are out of order.
     """
 
-    def __init__(self, heads: int, *, rates: tuple[float, float]) -> None:
+    def __init__(
+        self,
+        heads: int,
+        *,
+        rates: tuple[float, float],
+        limit: tuple[float, float] = NO_LIMIT,
+    ) -> None:
         super().__init__()
+        if not 0 <= limit[0] <= limit[1]:
+            raise ValueError(f"step_limit must be (least, largest), 0 or more, got {limit}")
+        self.limit = limit
         self.A_log = nn.Parameter(_stratified(heads, *rates).log())
         self.dt_bias = nn.Parameter(inverse_softplus(log_uniform(heads, *STEP_RANGE)))
 
@@ -34,6 +48,8 @@ class StepGate(nn.Module):
     ) -> tuple[Float[Tensor, "... h"], Float[Tensor, "... h"]]:
         """Log decays and steps from what a linear map says of each token."""
         step = F.softplus(at_least_fp32(raw) + self.dt_bias)
+        if self.limit != NO_LIMIT:
+            step = step.clamp(*self.limit)
         return -at_least_fp32(self.A_log).exp() * step, step
 
 

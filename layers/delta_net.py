@@ -10,6 +10,7 @@ from layers.norm import l2_norm
 from layers.precision import at_least_fp32
 from layers.registry import register
 from ops.delta import delta
+from ops.sizes import scaled_width
 
 
 @register(
@@ -48,6 +49,8 @@ class DeltaNet(MatrixMemory):
         ValueError: heads that do not divide the width.
     """
 
+    silu = True
+
     def __init__(
         self,
         d_model: int,
@@ -65,10 +68,9 @@ class DeltaNet(MatrixMemory):
             d_model,
             heads=heads,
             key_dim=key_dim,
-            value_dim=int(key_dim * expand_v),
+            value_dim=scaled_width(key_dim, expand_v),
             gates=heads,
             conv_size=conv_size,
-            silu=True,
             output_gate=output_gate,
         )
         self.chunk_size = chunk_size

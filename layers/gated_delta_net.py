@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -9,8 +10,10 @@ from layers.decay_gates import StepGate
 from layers.matrix_memory import MatrixMemory, Operands, head_size
 from layers.norm import NORM_EPS, l2_norm
 from layers.precision import at_least_fp32
+from layers.protocol import require_at_least
 from layers.registry import register
 from ops.gated_delta import gated_delta
+from ops.sizes import scaled_width
 
 RATES = (0.0, 16.0)  # A at the start, as in the released code
 
@@ -20,6 +23,7 @@ RATES = (0.0, 16.0)  # A at the start, as in the released code
     wide_values={"heads": 2, "expand_v": 2.0, "chunk_size": 4},
     negative_eigenvalues={"heads": 2, "head_dim": 4, "negative_eigenvalues": True},
     bare={"heads": 1, "conv_size": 1, "output_gate": False},
+    grouped={"heads": 4, "key_heads": 2, "head_dim": 4, "expand_v": 0.5},
 )
 class GatedDeltaNet(MatrixMemory):
     """The gated delta rule of "Gated Delta Networks" (arXiv 2412.06464).
@@ -35,6 +39,7 @@ class GatedDeltaNet(MatrixMemory):
     Args:
         d_model: width D.
         heads: H; default 4.
+        key_heads: G, heads of q and k, each read by H / G neighbouring heads; default H.
         head_dim: key size K of a head; default D / H.
         expand_v: value size over key size, V / K; default 1.
         conv_size: taps of the short convolution; default 4; 1 for none.
@@ -44,21 +49,24 @@ class GatedDeltaNet(MatrixMemory):
         norm_eps: epsilon of the output's norm; default 1e-5; Qwen3-Next has 1e-6.
         chunk_size: tokens per tile of the chunked form; changes speed, not the function.
 
-    State: `H K V` memory scalars and `(conv_size - 1)(2 H K + H V)` of the convolution.
+    State: `H K V` memory scalars and `(conv_size - 1)(2 G K + H V)` of the convolution.
 
     Where we differ: the paper's model has K = 256, 0.75 D key features and V = 2K; ours are set by
     `head_dim` and `expand_v`. The decay rates start stratified (see `StepGate`). One convolution
     runs over the concatenated q, k and v, which is the same function as three.
 
     Raises:
-        ValueError: heads that do not divide the width.
+        ValueError: heads that do not divide the width, or key heads that do not divide the heads.
     """
+
+    silu = True
 
     def __init__(
         self,
         d_model: int,
         *,
         heads: int = 4,
+        key_heads: int | None = None,
         head_dim: int | None = None,
         expand_v: float = 1.0,
         conv_size: int = 4,
@@ -68,14 +76,18 @@ class GatedDeltaNet(MatrixMemory):
         chunk_size: int = 64,
     ) -> None:
         key_dim = head_size(d_model, heads) if head_dim is None else head_dim
+        groups = heads if key_heads is None else key_heads
+        require_at_least(1, key_heads=groups)
+        if heads % groups:
+            raise ValueError(f"key_heads ({groups}) must divide heads ({heads})")
         super().__init__(
             d_model,
             heads=heads,
+            groups=groups,
             key_dim=key_dim,
-            value_dim=int(key_dim * expand_v),
+            value_dim=scaled_width(key_dim, expand_v),
             gates=2 * heads,
             conv_size=conv_size,
-            silu=True,
             norm_eps=norm_eps,
             output_gate=output_gate,
         )
@@ -100,4 +112,8 @@ class GatedDeltaNet(MatrixMemory):
         q, k, v, g, beta, _ = operands
         assert g is not None
         assert beta is not None
+        if self.groups != self.heads:
+            q, k = (
+                repeat(t, "b t g k -> b t (g n) k", n=self.heads // self.groups) for t in (q, k)
+            )
         return gated_delta(q, k, v, g, beta, memory, chunk_size=self.chunk_size)

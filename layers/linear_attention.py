@@ -8,6 +8,7 @@ from torch import Tensor
 
 from layers.feature_maps import elu_map, taylor_map, taylor_size
 from layers.matrix_memory import MatrixMemory, Operands, head_size, read_matrix
+from layers.norm import NORM_EPS
 from layers.registry import register
 from ops.linear_attention import linear_attention
 from ops.precision import without_autocast
@@ -74,7 +75,7 @@ class LinearAttention(MatrixMemory):
             key_dim=default_key if key_dim is None else key_dim,
             value_dim=value_dim,
             conv_size=conv_size,
-            norm=feature_map == "identity",
+            norm_eps=NORM_EPS if feature_map == "identity" else None,
             output_gate=output_gate,
         )
         self.chunk_size = chunk_size

@@ -31,6 +31,7 @@ class MambaState(NamedTuple):
 @register(
     default={"state_dim": 4},
     narrow={"expand": 1, "state_dim": 3, "conv_size": 1, "step_rank": 5},
+    biased={"expand": 1, "state_dim": 3, "conv_bias": True, "bias": True},
 )
 class Mamba(Layer):
     """The block of Mamba (arXiv 2312.00752), whose memory is the selective state space S6.
@@ -53,10 +54,12 @@ class Mamba(Layer):
         state_dim: states N of a channel; default 16.
         conv_size: taps of the short convolution; default 4.
         step_rank: width of r; default `d_model / 16`, rounded up.
+        conv_bias: a bias of the convolution, as released models have; default False.
+        bias: biases of the first and the last linear map; default False.
 
     State: `N W` memory scalars and `(conv_size - 1) W` of the convolution.
 
-    What it hands on to later layers is y. Where we differ: the convolution has no bias.
+    What it hands on to later layers is y.
 
     Raises:
         ValueError: sizes below one.
@@ -72,13 +75,15 @@ class Mamba(Layer):
         state_dim: int = 16,
         conv_size: int = 4,
         step_rank: int | None = None,
+        conv_bias: bool = False,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         rank = -(-d_model // 16) if step_rank is None else step_rank
         require_at_least(1, expand=expand, state_dim=state_dim, step_rank=rank)
         width = expand * d_model
-        self.in_proj = nn.Linear(d_model, 2 * width, bias=False)
-        self.conv = ShortConvolution(width, conv_size=conv_size)
+        self.in_proj = nn.Linear(d_model, 2 * width, bias=bias)
+        self.conv = ShortConvolution(width, conv_size=conv_size, bias=conv_bias)
         self.widths = rank, state_dim, state_dim
         self.select_proj = nn.Linear(width, sum(self.widths), bias=False)
         self.step_proj = nn.Linear(rank, width, bias=False)  # PyTorch's start is the paper's
@@ -86,7 +91,7 @@ class Mamba(Layer):
         rates = torch.arange(1.0, state_dim + 1).repeat(width, 1)
         self.A_log = nn.Parameter(rates.log())
         self.D = nn.Parameter(torch.ones(width))
-        self.out_proj = nn.Linear(width, d_model, bias=False)
+        self.out_proj = nn.Linear(width, d_model, bias=bias)
 
     def forward(self, x: Float[Tensor, "b t d"], state: MambaState | None = None) -> Output:
         """Filters each channel, and gates what is read by the current token."""

@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers.decay_gates import StepGate
+from layers.decay_gates import NO_LIMIT, StepGate
 from layers.matrix_memory import MatrixMemory, Operands, read_matrix
-from layers.norm import RMSNorm
+from layers.norm import NORM_EPS, RMSNorm
 from layers.protocol import require_at_least
 from layers.registry import register
 from ops.scalar_decay import scalar_decay
@@ -21,6 +21,8 @@ RATES = (1.0, 16.0)  # A at the start, as in the released code
 @register(
     default={"head_dim": 8, "state_dim": 6},
     bare={"expand": 1, "head_dim": 16, "state_dim": 4, "conv_size": 1, "chunk_size": 4},
+    grouped={"head_dim": 8, "state_dim": 6, "groups": 2, "step_limit": (0.01, 0.1)},
+    biased={"head_dim": 8, "state_dim": 3, "conv_bias": True, "bias": True},
 )
 class Mamba2(MatrixMemory):
     """The state-space dual layer of Mamba-2 (arXiv 2405.21060).
@@ -31,10 +33,11 @@ class Mamba2(MatrixMemory):
 
     where
 
-    * x, B, C: projection, short causal convolution, SiLU; B and C are the same for all heads;
+    * x, B, C: projection, short causal convolution, SiLU; B and C are the same for all heads of a
+      group;
     * A = exp(A_log), in fp32, and D are one number per head;
-    * output: RMSNorm of `y_t silu(W_z u_t)` over all heads (after the gate, unlike the other matrix
-      memories), then the output projection.
+    * output: RMSNorm of `y_t silu(W_z u_t)` over the heads of each group (after the gate, unlike
+      the other matrix memories), then the output projection.
 
     As a matrix memory: C are queries, B keys, x values, and d strengths.
 
@@ -43,18 +46,26 @@ class Mamba2(MatrixMemory):
         expand: width of all heads together over `d_model`; default 2.
         head_dim: width P of a head, which must divide `expand * d_model`; default 64.
         state_dim: state size N, the width of B and C; default 128.
+        groups: G, groups of neighbouring heads; default 1, all heads.
         conv_size: taps of the short convolution; default 4; 1 for none.
+        conv_bias: a bias of the convolution, as released models have; default False.
+        bias: biases of the linear maps; default False.
+        step_limit: smallest and largest step d_t; default (0, inf), none.
+        norm_eps: epsilon of the output's norm; default 1e-5.
         chunk_size: tokens per tile of the chunked form; changes speed, not the function.
 
-    State: `expand * d_model * N` memory scalars, and `(conv_size - 1)(2 N + expand * d_model)` of
+    State: `expand * d_model * N` memory scalars, and `(conv_size - 1)(2 G N + expand * d_model)` of
     the convolution.
 
-    Where we differ: the convolution has no bias. Rates start stratified (see `StepGate`). What is
-    recalled from a memory without writing is `S^T C`, without the skip D x.
+    Where we differ: rates start stratified (see `StepGate`). What is recalled from a memory without
+    writing is `S^T C`, without the skip D x.
 
     Raises:
-        ValueError: a head's width that does not divide that of all heads.
+        ValueError: a head's width that does not divide that of all heads, groups that do not divide
+            the heads, or a step limit that is none.
     """
+
+    silu = True
 
     def __init__(
         self,
@@ -63,28 +74,36 @@ class Mamba2(MatrixMemory):
         expand: int = 2,
         head_dim: int = 64,
         state_dim: int = 128,
+        groups: int = 1,
         conv_size: int = 4,
+        conv_bias: bool = False,
+        bias: bool = False,
+        step_limit: tuple[float, float] = NO_LIMIT,
+        norm_eps: float = NORM_EPS,
         chunk_size: int = 64,
     ) -> None:
-        require_at_least(1, expand=expand, head_dim=head_dim, state_dim=state_dim)
+        require_at_least(1, expand=expand, head_dim=head_dim, state_dim=state_dim, groups=groups)
         width = expand * d_model
         if width % head_dim:
             raise ValueError(f"head_dim ({head_dim}) must divide expand * d_model ({width})")
         heads = width // head_dim
+        if heads % groups:
+            raise ValueError(f"groups ({groups}) must divide the heads ({heads})")
         super().__init__(
             d_model,
             heads=heads,
             key_dim=state_dim,
             value_dim=head_dim,
-            groups=1,
+            groups=groups,
             gates=heads,
             conv_size=conv_size,
-            silu=True,
+            conv_bias=conv_bias,
+            bias=bias,
         )
         self.chunk_size = chunk_size
-        self.decay = StepGate(heads, rates=RATES)
+        self.decay = StepGate(heads, rates=RATES, limit=step_limit)
         self.D = nn.Parameter(torch.ones(heads))
-        self.norm = RMSNorm(width)
+        self.norm = RMSNorm(width, norm_eps)
 
     def gates(self, raw: Float[Tensor, "b t h"]) -> dict[str, Tensor]:
         """Log decays, and steps as the strengths of writes."""
@@ -110,8 +129,16 @@ class Mamba2(MatrixMemory):
     def answer(
         self, y: Float[Tensor, "b t h p"], x: Float[Tensor, "b t d"]
     ) -> Float[Tensor, "b t d"]:
-        """What was read as an output: gated by `x`, normalised over all heads, mixed."""
+        """What was read as an output: gated by `x`, normalised over groups of heads, mixed."""
         assert self.gate_proj is not None
-        assert self.norm is not None
         y = rearrange(y.to(self.out_proj.weight.dtype), "b t h p -> b t (h p)")
-        return self.out_proj(self.norm(y * F.silu(self.gate_proj(x))))
+        return self.out_proj(self._normalized(y * F.silu(self.gate_proj(x))))
+
+    def _normalized(self, y: Float[Tensor, "b t w"]) -> Float[Tensor, "b t w"]:
+        """RMSNorm over the heads of each group."""
+        assert self.norm is not None
+        if self.groups == 1:
+            return self.norm(y)
+        y = rearrange(y, "b t (g w) -> b t g w", g=self.groups)
+        y = F.rms_norm(y, y.shape[-1:], eps=self.norm.eps)
+        return rearrange(y, "b t g w -> b t (g w)") * self.norm.weight

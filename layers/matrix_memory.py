@@ -77,9 +77,9 @@ class MatrixMemory(Memory):
         groups: G, heads of queries and keys; default H.
         gates: numbers that the gates need of each token.
         conv_size: taps of the short convolution over q, k and v; 1 for none.
-        silu: SiLU on q, k and v after the convolution.
-        norm: RMSNorm of the answer per head.
-        norm_eps: its epsilon.
+        conv_bias: a bias of that convolution.
+        bias: biases of the linear maps.
+        norm_eps: epsilon of the RMSNorm of the answer per head; None for no norm.
         output_gate: multiply the answer by `silu(W_g x)`.
 
     Raises:
@@ -92,6 +92,9 @@ class MatrixMemory(Memory):
     chunk_size: int = 64
     """Tokens per tile of the rule's chunked form, which changes speed, not the function."""
 
+    silu: bool = False
+    """SiLU on q, k and v after the convolution."""
+
     def __init__(
         self,
         d_model: int,
@@ -102,24 +105,24 @@ class MatrixMemory(Memory):
         groups: int | None = None,
         gates: int = 0,
         conv_size: int = 1,
-        silu: bool = False,
-        norm: bool = True,
-        norm_eps: float = NORM_EPS,
+        conv_bias: bool = False,
+        bias: bool = False,
+        norm_eps: float | None = NORM_EPS,
         output_gate: bool = True,
     ) -> None:
         super().__init__()
         require_at_least(1, heads=heads, key_size_of_a_head=key_dim, value_size_of_a_head=value_dim)
         self.heads, self.groups = heads, heads if groups is None else groups
-        self.key_dim, self.value_dim, self.silu = key_dim, value_dim, silu
+        self.key_dim, self.value_dim = key_dim, value_dim
         keys, values = self.groups * key_dim, heads * value_dim
         self.widths = keys, keys, values
-        self.in_proj = nn.Linear(d_model, 2 * keys + values + gates, bias=False)
+        self.in_proj = nn.Linear(d_model, 2 * keys + values + gates, bias=bias)
         self.conv = None
         if conv_size != 1:
-            self.conv = ShortConvolution(2 * keys + values, conv_size=conv_size)
-        self.gate_proj = nn.Linear(d_model, values, bias=False) if output_gate else None
-        self.norm = RMSNorm(value_dim, norm_eps) if norm else None
-        self.out_proj = nn.Linear(values, d_model, bias=False)
+            self.conv = ShortConvolution(2 * keys + values, conv_size=conv_size, bias=conv_bias)
+        self.gate_proj = nn.Linear(d_model, values, bias=bias) if output_gate else None
+        self.norm = None if norm_eps is None else RMSNorm(value_dim, norm_eps)
+        self.out_proj = nn.Linear(values, d_model, bias=bias)
 
     # What a layer of the family defines.
 
@@ -238,10 +241,16 @@ class MatrixMemory(Memory):
         self, x: Float[Tensor, "b t d"], position: tuple[Tensor, ...]
     ) -> Float[Tensor, "b t g f"]:
         """Queries without the convolution, all at the place of the next token."""
-        q = F.linear(x, self.in_proj.weight[: self.widths[0]])
+        q = self.project_queries(x)
         q = rearrange(F.silu(q) if self.silu else q, "b t (g k) -> b t g k", g=self.groups)
         positions = repeat(position[0], "b -> b t", t=x.shape[1]) if position else None
         return self.features(q, positions)
+
+    def project_queries(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... n"]:
+        """The part of the first linear map that makes queries."""
+        weight, bias = self.in_proj.weight, self.in_proj.bias
+        n = self.widths[0]
+        return F.linear(x, weight[:n], None if bias is None else bias[:n])
 
     def convolve(self, qkv: Tensor, state: ConvState) -> tuple[Tensor, ConvState]:
         """The short convolution, if there is one."""

@@ -7,7 +7,6 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from layers.gated_delta_net import GatedDeltaNet
 from layers.matrix_memory import MatrixMemory, MatrixState, Operands
@@ -84,7 +83,7 @@ class MixtureOfMemories(Memory):
         o_t = sum_{m in I_t} w^m_t read(S^m_t, q_t) + read(S^shared_t, q_t)
 
     Each memory has its own projection of keys, values and gates, or all have one. Queries, the
-    convolution, the gates' biases and rates, and all that follows the read, are shared. Tokens are
+    convolution, all biases, the gates' rates, and all that follows the read, are shared. Tokens are
     sorted by memory into sequences of their own, so that the memories of all rows are one batched
     call of the base's rule; no memory sees what goes to another, nor to another row.
 
@@ -148,7 +147,9 @@ class MixtureOfMemories(Memory):
         self.conv = None
         if convolve == "before" and base.conv is not None:
             taps = base.conv.weight.shape[1]
-            self.conv, base.conv = ShortConvolution(d_model, conv_size=taps), None
+            bias = base.conv.bias is not None
+            self.conv = ShortConvolution(d_model, conv_size=taps, bias=bias)
+            base.conv = None
         self.router = None
         if router == "learned" and memories > 1:
             self.router = nn.Linear(d_model, memories, bias=False)
@@ -268,7 +269,8 @@ class MixtureOfMemories(Memory):
 
     def _projected(self, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys with values, and the gates' numbers of the packed tokens."""
-        weight, (queries, keys, values) = self.base.in_proj.weight, self.base.widths
+        weight, bias = self.base.in_proj.weight, self.base.in_proj.bias
+        queries, keys, values = self.base.widths
         if self.write_proj is None:
             every = packed(self.base.in_proj(x), packing)
             q, kv, raw = every.tensor_split([queries, queries + keys + values], dim=-1)
@@ -280,8 +282,10 @@ class MixtureOfMemories(Memory):
             "m (b l) w -> (m b) l w",
             b=len(x),
         )
+        if bias is not None:
+            writes = writes + bias[queries:]
         kv, raw = writes.tensor_split([keys + values], dim=-1)
-        return packed(F.linear(x, weight[:queries]), packing), kv, raw
+        return packed(self.base.project_queries(x), packing), kv, raw
 
     def _nothing(self, x: Tensor, state: MixtureState) -> Output:
         """The output of no token."""

@@ -21,7 +21,9 @@ class ConvState(NamedTuple):
     default={"conv_size": 4}, pointwise={"conv_size": 1}, biased={"conv_size": 3, "bias": True}
 )
 class ShortConvolution(Layer):
-    """`y_t = sum_j w_j * x_{t-j}` per channel, j = 0 .. conv_size - 1, zeros before the start.
+    """`y_t = sum_j w_j * x_{t - conv_size + 1 + j}` per channel, zeros before the start.
+
+    The last tap meets the current token, as in PyTorch's Conv1d.
 
     A matrix memory without it cannot shift a key onto its value; see "Zoology" (arXiv 2312.04927)
     and the ablations of "Gated Delta Networks" (arXiv 2412.06464).
@@ -45,7 +47,9 @@ class ShortConvolution(Layer):
     def forward(self, x: Float[Tensor, "b t d"], state: ConvState | None = None) -> Output:
         """Convolves `x`, continuing from the inputs in `state`."""
         y, tail = short_convolution(x, self.weight, None if state is None else state.tail)
-        return Output(y if self.bias is None else y + self.bias, ConvState(tail))
+        if self.bias is not None:
+            y = (y + self.bias).to(x.dtype)
+        return Output(y, ConvState(tail))
 
     def init_state(self, batch_size: int) -> ConvState:
         """Zeros."""

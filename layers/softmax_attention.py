@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from layers.protocol import Layer, Output, require_at_least
 from layers.registry import register
-from layers.rotary import rotate
+from layers.rotary import RopeScaling, rotate
 from ops.attention import attention
 
 
@@ -32,6 +32,7 @@ class KVCache(NamedTuple):
     grouped={"heads": 4, "kv_heads": 2},
     no_positions={"heads": 2, "rope_base": None},
     persistent={"heads": 2, "persistent": 3, "window": 4},
+    biased={"heads": 2, "bias": True, "rope_scaling": RopeScaling(factor=4.0, trained_length=16)},
 )
 class SoftmaxAttention(Layer):
     """Causal multi-head attention (arXiv 1706.03762) with rotary positions and a carried cache.
@@ -49,12 +50,15 @@ class SoftmaxAttention(Layer):
         window: tokens a query sees, itself included; default None, all of them.
         persistent: learned tokens before the sequence; default 0.
         rope_base: base of the rotary wavelengths, or None for no positions; default 10000.
+        rope_scaling: of the rotary frequencies, as in Llama 3.1; default None.
+        bias: biases of the linear maps; default False.
 
     State: `2 G K` scalars per visible past token (at most `window - 1` with a window) and one
     position. The cache is copied once per call, as reading it is no cheaper.
 
     Raises:
-        ValueError: sizes that do not divide, or a window below 1.
+        ValueError: sizes that do not divide, a window below 1, or scaled positions without
+            positions.
     """
 
     def __init__(
@@ -67,6 +71,8 @@ class SoftmaxAttention(Layer):
         window: int | None = None,
         persistent: int = 0,
         rope_base: float | None = 10_000.0,
+        rope_scaling: RopeScaling | None = None,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         require_at_least(1, heads=heads)
@@ -75,12 +81,12 @@ class SoftmaxAttention(Layer):
         self.kv_heads = heads if kv_heads is None else kv_heads
         self.head_dim = d_model // heads if head_dim is None else head_dim
         self.window = window
-        self.rope_base = rope_base
+        self.rope_base, self.rope_scaling = rope_base, rope_scaling
         self._check_sizes(d_model, head_dim)
         sizes = [self.heads * self.head_dim, self.kv_heads * self.head_dim]
-        self.q_proj = nn.Linear(d_model, sizes[0], bias=False)
-        self.kv_proj = nn.Linear(d_model, 2 * sizes[1], bias=False)
-        self.out_proj = nn.Linear(sizes[0], d_model, bias=False)
+        self.q_proj = nn.Linear(d_model, sizes[0], bias=bias)
+        self.kv_proj = nn.Linear(d_model, 2 * sizes[1], bias=bias)
+        self.out_proj = nn.Linear(sizes[0], d_model, bias=bias)
         self.persistent = nn.Parameter(torch.randn(persistent, d_model)) if persistent else None
 
     def _check_sizes(self, d_model: int, head_dim: int | None) -> None:
@@ -90,6 +96,8 @@ class SoftmaxAttention(Layer):
             raise ValueError(f"heads ({self.heads}) must divide d_model ({d_model})")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads ({self.kv_heads}) must divide heads ({self.heads})")
+        if self.rope_base is None and self.rope_scaling is not None:
+            raise ValueError("rope_scaling needs a rope_base; with None there are no positions")
         if self.rope_base is not None and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
 
@@ -98,7 +106,7 @@ class SoftmaxAttention(Layer):
         q = rearrange(self.q_proj(x), "b t (h k) -> b t h k", h=self.heads)
         k, v = self._keys_values(x)
         state = self._empty(x.shape[0], like=k) if state is None else state
-        q, k = self._placed(q, k, state.position)
+        q, k = self.placed(q, k, state.position)
         k, v = torch.cat([state.k.to(k.dtype), k], 1), torch.cat([state.v.to(v.dtype), v], 1)
         y = attention(q, *self._with_persistent(k, v), window=self.window, prefix=self._prefix)
         cache = KVCache(self._visible(k), self._visible(v), state.position + x.shape[1])
@@ -113,6 +121,16 @@ class SoftmaxAttention(Layer):
         tokens = seq_len if self.window is None else min(seq_len, self.window - 1)
         return 2 * tokens * self.kv_heads * self.head_dim + 1
 
+    def placed(
+        self, q: Float[Tensor, "b t h k"], k: Float[Tensor, "b t g k"], start: Int[Tensor, " b"]
+    ) -> tuple[Float[Tensor, "b t h k"], Float[Tensor, "b t g k"]]:
+        """Queries and keys rotated to their positions, those of each sequence from `start` on."""
+        if self.rope_base is None:
+            return q, k
+        positions = start[:, None] + torch.arange(q.shape[1], device=q.device)
+        q, k = rotate(q, k, positions=positions, base=self.rope_base, scaling=self.rope_scaling)
+        return q, k
+
     @property
     def _prefix(self) -> int:
         return 0 if self.persistent is None else self.persistent.shape[0]
@@ -125,13 +143,6 @@ class SoftmaxAttention(Layer):
         cache = like.new_empty(batch_size, 0, self.kv_heads, self.head_dim)
         position = torch.zeros(batch_size, dtype=torch.long, device=like.device)
         return KVCache(cache, cache, position)
-
-    def _placed(self, q: Tensor, k: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        if self.rope_base is None:
-            return q, k
-        positions = start[:, None] + torch.arange(q.shape[1], device=q.device)
-        q, k = rotate(q, k, positions=positions, base=self.rope_base)
-        return q, k
 
     def _with_persistent(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.persistent is None:
