@@ -10,6 +10,7 @@ from layers.matrix_memory import MatrixMemory, Operands, head_size
 from layers.precision import at_least_fp32
 from layers.registry import register
 from ops.delta import delta
+from ops.sizes import scaled_width
 
 
 @register(
@@ -65,7 +66,7 @@ class DeltaNet(MatrixMemory):
             d_model,
             heads=heads,
             key_dim=key_dim,
-            value_dim=int(key_dim * expand_v),
+            value_dim=scaled_width(key_dim, expand_v),
             gates=heads,
             conv_size=conv_size,
             silu=True,

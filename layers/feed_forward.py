@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from layers.protocol import Layer, Output, State, require_at_least
 from layers.registry import register
+from ops.sizes import scaled_width
 
 
 @register(default={"expand": 2})
@@ -21,7 +22,7 @@ class MLP(Layer):
 
     def __init__(self, d_model: int, *, expand: float = 4.0) -> None:
         super().__init__()
-        hidden = int(expand * d_model)
+        hidden = scaled_width(d_model, expand)
         require_at_least(1, hidden_width=hidden)
         self.in_proj = nn.Linear(d_model, hidden, bias=False)
         self.out_proj = nn.Linear(hidden, d_model, bias=False)
@@ -44,7 +45,7 @@ class SwiGLU(Layer):
     def __init__(self, d_model: int, *, expand: float = 8 / 3, multiple_of: int = 8) -> None:
         super().__init__()
         require_at_least(1, multiple_of=multiple_of)
-        hidden = -int(-expand * d_model // multiple_of) * multiple_of
+        hidden = scaled_width(d_model, expand, multiple_of=multiple_of)
         require_at_least(1, hidden_width=hidden)
         self.in_proj = nn.Linear(d_model, 2 * hidden, bias=False)
         self.out_proj = nn.Linear(hidden, d_model, bias=False)

@@ -11,6 +11,7 @@ from layers.matrix_memory import MatrixMemory, Operands, head_size
 from layers.precision import at_least_fp32
 from layers.registry import register
 from ops.gated_delta import gated_delta
+from ops.sizes import scaled_width
 
 RATES = (0.0, 16.0)  # A at the start, as in the released code
 
@@ -70,7 +71,7 @@ class GatedDeltaNet(MatrixMemory):
             d_model,
             heads=heads,
             key_dim=key_dim,
-            value_dim=int(key_dim * expand_v),
+            value_dim=scaled_width(key_dim, expand_v),
             gates=2 * heads,
             conv_size=conv_size,
             silu=True,

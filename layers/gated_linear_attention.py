@@ -11,6 +11,7 @@ from layers.matrix_memory import MatrixMemory, Operands, head_size
 from layers.precision import at_least_fp32
 from layers.registry import register
 from ops.diagonal_decay import diagonal_decay
+from ops.sizes import scaled_width
 
 RANK = 16  # of the map from a token to its decays
 TEMPERATURE = 16.0  # root taken of a gate, so that at the start half-lives are near 16 tokens
@@ -64,7 +65,7 @@ class GatedLinearAttention(MatrixMemory):
             d_model,
             heads=heads,
             key_dim=key_dim,
-            value_dim=int(key_dim * expand_v),
+            value_dim=scaled_width(key_dim, expand_v),
             gates=RANK,
             conv_size=conv_size,
             output_gate=output_gate,

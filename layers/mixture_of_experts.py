@@ -17,6 +17,7 @@ from ops.routing import (
     spread,
     z_loss,
 )
+from ops.sizes import scaled_width
 
 
 @register(
@@ -81,7 +82,7 @@ class MixtureOfExperts(Layer):
             expand = 8 / 3 / (top_k + shared_experts)
         self.top_k, self.renormalize = top_k, renormalize
         self.balance_loss, self.z_loss = balance_loss, z_loss
-        hidden = -int(-expand * d_model // multiple_of) * multiple_of
+        hidden = scaled_width(d_model, expand, multiple_of=multiple_of)
         self.router = nn.Linear(d_model, experts, bias=False)
         self.experts = Experts(d_model, experts=experts, hidden=hidden)
         self.shared = None

@@ -11,6 +11,7 @@ from layers.precision import at_least_fp32
 from layers.registry import register
 from layers.rotary import rotate
 from ops.scalar_decay import scalar_decay
+from ops.sizes import scaled_width
 
 
 @register(
@@ -67,7 +68,7 @@ class Retention(MatrixMemory):
             d_model,
             heads=heads,
             key_dim=key_dim,
-            value_dim=int(key_dim * expand_v),
+            value_dim=scaled_width(key_dim, expand_v),
             conv_size=conv_size,
             output_gate=output_gate,
         )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ops.sizes import scaled_width
 from ops.test_time.activations import ACTIVATIONS, ActivationName
 from ops.test_time.choices import require_one_of
 
@@ -48,7 +49,7 @@ def _with_one(x: Tensor) -> Tensor:
 
 
 def _hidden(expand: float, value: int) -> int:
-    width = int(expand * value)
+    width = scaled_width(value, expand)
     if width < 1:
         raise ValueError(f"expand={expand} leaves no hidden unit for values of width {value}")
     return width
