@@ -19,7 +19,14 @@ CASES = {
         "dim_head": 3,
         "non_competitive_gates": True,
     },
-    "one row": {"dim": 6, "heads": 1, "num_keys": 4, "topk": 1, "dim_head": 5},
+    "one row, relu": {
+        "dim": 6,
+        "heads": 1,
+        "num_keys": 4,
+        "topk": 1,
+        "dim_head": 5,
+        "non_competitive_gates": True,
+    },
     "all sub-keys": {"dim": 6, "heads": 2, "num_keys": 4, "topk": 4, "dim_head": 2},
     "norm before": {
         "dim": 7,
