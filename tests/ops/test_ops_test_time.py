@@ -444,7 +444,7 @@ def accepted_rules(count: int) -> list[Rule]:
         "decay": ["none", "head", "channel"],
         "anchor": ["chunk", "token"],
         "momentum": [True, False],
-        "orthogonal": [True, False],
+        "orthogonal": [True, "scheduled", False],
         "outer_step": [True, False],
         "window": [1, 3],
         "read_before": [True, False],
