@@ -103,15 +103,20 @@ class MixtureOfMemories(Memory):
             False.
         router: "learned" (default), or "random", which ignores the token: a hash of its position,
             to measure what routing is worth. It has no losses.
-        balance_loss: weight of the loss `M sum_m f_m P_m`; default 0.01.
+        balance_loss: weight of the loss `M sum_m f_m P_m`, f_m the share of the tokens that goes to
+            m and P_m its mean probability; k if loads are even; default 0.01.
         z_loss: weight of the mean squared log partition of the router's logits; default 0.
 
     State: M times that of the memory, the shared one's, and a convolution's tail each.
 
     Where we differ: the paper's memory is Gated DeltaNet, ours is any; its router sees the layer's
     input, ours, with the convolution "before", what that gives; its balance loss of 0.001
-    and 0.01 are both published, and both were within noise there. The released code convolves
-    across the bounds of the memories' sequences in training; ours does not.
+    and 0.01 are both published, and both were within noise there. P_m is the mean of the router's
+    whole softmax, as in Switch Transformers and the released code for packed sequences; the
+    released code without packing takes the renormalised weights of the k chosen in its place, from
+    which a router with k = 1 would learn nothing. The loss is each layer's own, where the packed
+    code pools the layers. The released code convolves across the bounds of the memories'
+    sequences in training; ours does not.
 
     Raises:
         ValueError: a memory that is no matrix memory, or more choices than memories.

@@ -227,7 +227,7 @@ class _Loop:
                 )
             steps = self.momentum or self.pending
             if rule.orthogonal:
-                steps = tuple(newton_schulz(s) for s in steps)
+                steps = tuple(newton_schulz(s, rule.orthogonal) for s in steps)
             rho = step / rule.chunk if rule.outer_step else 1.0
             self.weights = tuple(
                 keep.exp() * w + rho * s for w, s in zip(self.weights, steps, strict=True)
