@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -15,6 +15,7 @@ from layers.memory_with_attention import BranchGate
 from layers.protocol import Layer, Memory, Output, Recipe, State, join_aux, require_at_least
 from layers.registry import register
 from layers.rotary import rotate
+from layers.state_fit import TensorSpec
 
 RECALL_SCALE = 0.25  # of h at the start, where tokens have 1; see "Where we differ"
 
@@ -139,6 +140,12 @@ class MemoryAsContext(Layer):
         return ContextState(
             self.memory.init_state(batch_size), self.memory.init_state(batch_size), empty, empty
         )
+
+    def state_spec(self) -> ContextState:
+        """Two states of the memory, and as many tokens as a segment that is not complete."""
+        none = TensorSpec.of(self._no_keys(1, like=self.kv_proj.weight))
+        keys: Any = none.growing(self.segment - 1)
+        return ContextState(self.memory, self.memory, keys, keys)
 
     def state_size(self, seq_len: int) -> int:
         """Both memories, and keys and values of two kinds for each token of the segment so far."""
