@@ -215,8 +215,8 @@ def _mask(queries: int, tokens: int, prefix: int, device: torch.device) -> Tenso
 
 
 def _mean(auxes: Sequence[Mapping[str, Tensor]], tokens: Sequence[int]) -> dict[str, Tensor]:
-    """Each name's mean over the pieces, by their tokens."""
-    weights = [count / sum(tokens) for count in tokens]
+    """Each name's mean over the pieces, by their tokens; that of the one piece if it has none."""
+    weights = [count / sum(tokens) if sum(tokens) else 1.0 for count in tokens]
     return {
         name: torch.stack([w * aux[name] for w, aux in zip(weights, auxes, strict=True)]).sum(0)
         for name in auxes[0]
