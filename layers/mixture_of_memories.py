@@ -22,6 +22,7 @@ from layers.protocol import (
 from layers.registry import register
 from layers.short_convolution import ConvState, ShortConvolution
 from layers.telemetry import observe
+from ops.nothing import in_graph_of
 from ops.routing import (
     Packing,
     Routes,
@@ -293,11 +294,11 @@ class MixtureOfMemories(Memory):
         return packed(self.base.project_queries(x), packing), kv, raw
 
     def _nothing(self, x: Tensor, state: MixtureState) -> Output:
-        """The output of no token."""
+        """The output of no token: the sort by memory needs one."""
         logits = self._logits(x, state.position)
         routes = route(logits, self.top_k)
         self._observe(routes)
-        return Output(torch.zeros_like(x), state, self._aux(routes, logits))
+        return Output(in_graph_of(x, *self.parameters()), state, self._aux(routes, logits))
 
     def _aux(self, routes: Routes, logits: Tensor) -> dict[str, Tensor]:
         """Losses of a router that learns, and how evenly it loads the memories."""

@@ -293,6 +293,15 @@ class TestTimeMemory(Memory):
             (positions,) if self.features.rope == "sequence" else (),
         )
 
+    def state_spec(self) -> TestTimeState:
+        """A place in the chunk, and as many recent tokens as the window holds, or fewer."""
+        spec, rule = super().state_spec(), self.rule
+        fast = spec.fast._replace(
+            recent=tuple(tokens.growing(rule.window - 1) for tokens in spec.fast.recent),
+            offset=spec.fast.offset.growing(rule.chunk - 1),
+        )
+        return spec._replace(fast=fast)
+
     def state_size(self, seq_len: int) -> int:
         """Constant, but for the window's tokens at the start."""
         weights = sum(w.numel() for w in self.initial)
