@@ -3,7 +3,6 @@
 import io
 import json
 import signal
-import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,10 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from harness import signals
 from harness.check import Config
-from harness.run_directory import RunDirectory, RunError, write_atomically
+from harness.run_directory import RunDirectory, RunError, rank, write_atomically
+from harness.signals import Interrupted
 from layers.regular_file import open_regular
 from models.diagnosis import NonFiniteError
 from tasks.base import Task
@@ -263,9 +264,12 @@ class Checkpoints(EndOfStep):
         config: the resolved config, kept in each checkpoint.
         task: its `monitor` is the validation metric that `best.ckpt` has the best value of.
         every: updates between two writes of `last.ckpt`; it is also written at the end.
+        resume_step: updates behind the `last.ckpt` that is there; 0 for a new run.
     """
 
-    def __init__(self, run: RunDirectory, config: Config, *, task: Task, every: int) -> None:
+    def __init__(
+        self, run: RunDirectory, config: Config, *, task: Task, every: int, resume_step: int = 0
+    ) -> None:
         self.run, self.every, self.monitor = run, every, task.monitor
         self.sign = {"min": -1.0, "max": 1.0}[task.monitor_mode]
         self.header = {
@@ -275,7 +279,7 @@ class Checkpoints(EndOfStep):
             "router": task.router,
         }
         self.best: float | None = None
-        self.saved_step = -1
+        self.saved_step = resume_step or -1
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far."""
@@ -331,61 +335,57 @@ class Checkpoints(EndOfStep):
         self.saved_step = trainer.global_step
 
 
-class Interrupted(BaseException):
-    """The run was asked to stop by a signal, and has saved itself.
-
-    Not an Exception, so that it also ends the sweep that the run belongs to.
-
-    Attributes:
-        exit_status: of the process: 0 for SIGTERM (its sender expects a clean end), 130 for Ctrl-C.
-    """
-
-    def __init__(self, number: int, step: int, run: RunDirectory) -> None:
-        name = signal.Signals(number).name
-        super().__init__(
-            f"stopped by {name}; {step} steps are saved. Continue with: "
-            f"python train.py resume={run.path}"
-        )
-        self.exit_status = 130 if number == signal.SIGINT else 0
-
-
 class StopOnSignal(EndOfStep):
-    """On SIGTERM or SIGINT finishes the step, saves and stops; a second SIGINT stops at once."""
+    """On SIGTERM or Ctrl-C finishes the step, with its validation, saves and stops.
+
+    Before the first step and after the last there is nothing to finish, and a signal stops the run
+    where it is.
+    """
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
-        self.received: int | None = None
-        self.previous: dict[int, Any] = {}
+        self.trainer: Trainer | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remembers whose processes are to be stopped."""
+        self.trainer = trainer
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts listening."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.previous[number] = signal.signal(number, self._receive)
+        """From here on there are steps to finish."""
+        signals.defer(lambda: "validation" if trainer.validating else "step")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops listening."""
-        self._restore()
+        """All steps are saved."""
+        signals.undefer(obey=True)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Stops listening."""
-        self._restore()
+        """The run ends anyway."""
+        signals.undefer(obey=False)
 
     def end_of_step(self, trainer: Trainer) -> None:
         """Stops here if any of the processes was asked to."""
-        asked = self.received is not None
-        if trainer.strategy.reduce_boolean_decision(asked, all=False):
+        number = signals.received()
+        if trainer.strategy.reduce_boolean_decision(number is not None, all=False):
             self.checkpoints.save(trainer)
-            number = self.received or signal.SIGTERM
-            raise Interrupted(number, trainer.global_step, self.checkpoints.run)
+            signals.note(signal.SIGTERM)
+            raise Interrupted(number or signal.SIGTERM)
 
-    def _receive(self, number: int, frame: types.FrameType | None) -> None:
-        if self.received == signal.SIGINT == number:
-            raise KeyboardInterrupt
-        self.received = number
+    def record(self, number: int) -> Interrupted:
+        """Writes down that the run was stopped, and stops the processes that train with this one.
 
-    def _restore(self) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        self.previous.clear()
+        Returns:
+            What to end the program with: it says what is saved and how to go on.
+        """
+        signals.note(number)
+        run, step = self.checkpoints.run, max(self.checkpoints.saved_step, 0)
+        stop = Interrupted(number, step, run.path)
+        if rank() != 0:
+            stop.exit_status = 0  # with another, Lightning would kill the first process
+            return stop
+        run.write_summary(status="interrupted", error=str(stop))
+        launcher = None if self.trainer is None else self.trainer.strategy.launcher
+        if launcher is not None:
+            launcher.kill(signal.SIGTERM)
+        return stop
