@@ -8,6 +8,10 @@ length), `carry=[false,true]` (start every block afresh, or go on from the state
 
 import sys
 
+from harness.signals import listen
+
+listen()  # before the imports, which take seconds
+
 from harness.cli import report_errors
 from harness.eval_command import evaluate_command
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from hydra.errors import HydraException
 
 from harness.check import ConfigError
-from harness.checkpoints import Interrupted
 from harness.evaluation import FitError
 from harness.run_directory import RunError
+from harness.signals import Interrupted, interruptible
 from models.diagnosis import NonFiniteError
 
 USER_ERRORS = (ConfigError, FitError, RunError)
@@ -23,11 +23,11 @@ def report_errors() -> Iterator[None]:
 
     2: a mistake in the command or the files it names. 1: training failed. 130: Ctrl-C. 141: whoever
     read the output, such as `head`, had seen enough (1 in the middle of a table that rich draws). A
-    run that SIGTERM stopped has saved itself and exits with 0.
+    run that SIGTERM stopped has saved itself and exits with 0; whatever else it stops, with 143.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
-        with _flushed():
+        with interruptible(), _flushed():
             yield
     except BrokenPipeError:
         if not _output_is_closed():

@@ -3,12 +3,15 @@
 import logging
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tasks.base import EvalSplit, Task
 
@@ -58,6 +61,32 @@ class RunProgressBar(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         return self.label
+
+
+class EvalProgress:
+    """What an evaluation is at, on stderr while it lasts; nothing where that is no terminal.
+
+    How many batches a set has is known at its end, so they are counted up.
+    """
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        self.bar = Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        )
+
+    def __enter__(self) -> "EvalProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def begin(self, what: str) -> Callable[[int], None]:
+        """Begins a line; the result is to be called with the batches that are done."""
+        row = self.bar.add_task(what, total=None)
+        return lambda batches: self.bar.update(row, description=f"{what}: batch {batches:,}")
 
 
 def label(run_name: str) -> str:

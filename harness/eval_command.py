@@ -21,7 +21,7 @@ from harness.checkpoints import (
     read_checkpoint,
 )
 from harness.compose import CONFIG_DIR, compose_group, parse_overrides
-from harness.console import reference_line
+from harness.console import EvalProgress, reference_line
 from harness.evaluation import Evaluation, FitError, check_fit, evaluate, lengthened, restore_model
 from harness.model_rules import NO_TABLE
 from harness.provenance import provenance
@@ -94,7 +94,11 @@ def evaluate_command(arguments: Sequence[str]) -> list[Evaluation]:
     precision = config["trainer"].get("precision", "32-true")
     cases = [(built, carry) for built in tasks for carry in _carries(asked.carry, built)]
     score = partial(evaluate, model, split=asked.split, precision=precision)
-    results = [score(built, carry=carry) for built, carry in cases]
+    with EvalProgress() as progress:
+        results = [
+            score(built, carry=carry, after_batch=progress.begin(f"{built.seq_len:,} tokens"))
+            for built, carry in cases
+        ]
     print_evaluations(results, f"{file} on {task[TARGET]} ({asked.split})")
     print(reference_line(tasks[0], asked.split))
     if run.config.exists():
@@ -249,5 +253,4 @@ def _record(
         **provenance(),
     }
     rows = [json.dumps(facts | asdict(result)) + "\n" for result in results]
-    with run.evaluations.open("a") as out:
-        out.writelines(rows)
+    run.add_evaluations(rows)

@@ -1,6 +1,7 @@
 """Evaluating a trained model on a task, at any length, with the state carried or not."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,7 @@ def evaluate(
     split: EvalSplit = "test",
     carry: bool = False,
     precision: str = "32-true",
+    after_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Scores a model on a task's fixed set.
 
@@ -114,6 +116,7 @@ def evaluate(
         carry: start each batch from the state in which the one before ended; only for a task whose
             batches continue each other, row by row.
         precision: the trainer's; "bf16-mixed" evaluates in bf16 where training did.
+        after_batch: called with the number of batches that are scored.
 
     Raises:
         FitError: there is no state to carry over.
@@ -123,7 +126,7 @@ def evaluate(
     task.prepare_data()
     metrics, state, tokens, seconds, held = task.metrics(), None, 0, 0.0, 0
     device = next(model.parameters()).device
-    for batch in task.eval_batches(split):
+    for number, batch in enumerate(task.eval_batches(split), start=1):
         started = time.perf_counter()
         with mixed_precision(device, precision):
             state = _score(model, batch, metrics, state if carry else None)
@@ -132,6 +135,8 @@ def evaluate(
         held = max(
             held, sum(t.numel() * t.element_size() // max(1, len(t)) for t in state_tensors(state))
         )
+        if after_batch is not None:
+            after_batch(number)
     return Evaluation(
         seq_len=task.seq_len,
         carry=carry,

@@ -17,7 +17,6 @@ from harness.check import Config, ConfigError
 from harness.checkpoints import (
     AtomicCheckpointIO,
     Checkpoints,
-    Interrupted,
     StopOnSignal,
 )
 from harness.console import RunProgressBar, label, quiet_libraries, say
@@ -26,6 +25,7 @@ from harness.model_rules import check_model
 from harness.provenance import config_hash, provenance
 from harness.run_directory import RunDirectory
 from harness.schema import options
+from harness.signals import Interrupted, interruptible
 from harness.stopwatch import Stopwatch
 from models import Budget, LanguageModel, SequenceModule, budget
 from models.lightning_module import OptimizerFactory
@@ -77,7 +77,7 @@ def prepare(config: Config, *, resumed: bool = False) -> Prepared:
     if chosen.train_only == "bank":
         freeze_all_but_bank(model)
     with blaming("optimizer"):
-        make_optimizer(model, _optimizer(config))
+        make_optimizer(model, optimizer_factory(config))
     with blaming("schedule"):
         build(config["schedule"])
     return Prepared(config, task, model, costs, anchor)
@@ -112,25 +112,41 @@ def train(
         Interrupted: the run was asked to stop, and has saved itself.
         NonFiniteError: a loss or a gradient is no longer a number.
     """
+    checkpoints = Checkpoints(
+        run,
+        prepared.config,
+        task=prepared.task,
+        every=options(prepared.config).checkpoint_every,
+        resume_step=resume_step,
+    )
+    stop = StopOnSignal(checkpoints)
+    try:
+        with interruptible(stop.record):
+            return _train(prepared, run, resume_step, [*callbacks, checkpoints, stop])
+    except Interrupted as interruption:
+        raise stop.record(interruption.number) from None
+    except BaseException as error:
+        run.write_summary(status="failed", error=str(error))
+        raise
+
+
+def _train(
+    prepared: Prepared, run: RunDirectory, resume_step: int, callbacks: Sequence[Callback]
+) -> dict[str, Any]:
     config, task, model = prepared.config, prepared.task, prepared.model
-    chosen = options(config)
     quiet_libraries()
-    seed_everything(chosen.seed, verbose=False)
+    seed_everything(options(config).seed, verbose=False)
     _record_start(prepared, run, resume_step)
     module = _module(config, model, task)
-    if chosen.compile:
+    if options(config).compile:
         model.compile()
-    try:
-        with _loggers(config, run, resume_step) as loggers:
-            trainer = _trainer(prepared, run, loggers, callbacks)
-            trainer.fit(module, datamodule=task, ckpt_path=run.last if resume_step else None)
-            unvalidated = not last_validation(run.metrics, trainer.global_step)
-            if trainer.strategy.broadcast(unvalidated):  # all processes must agree
-                trainer.validate(module, datamodule=task, verbose=False)
-            _save_bank(trainer)
-    except BaseException as error:
-        run.write_summary(status=_status(error), error=str(error))
-        raise
+    with _loggers(config, run, resume_step) as loggers:
+        trainer = _trainer(prepared, run, loggers, callbacks)
+        trainer.fit(module, datamodule=task, ckpt_path=run.last if resume_step else None)
+        unvalidated = not last_validation(run.metrics, trainer.global_step)
+        if trainer.strategy.broadcast(unvalidated):  # all processes must agree
+            trainer.validate(module, datamodule=task, verbose=False)
+        _save_bank(trainer)
     done = trainer.global_step == trainer.max_steps
     status = "finished" if done else "interrupted"
     return run.write_summary(status=status, error=None, **_results(run, trainer, module, task))
@@ -175,9 +191,9 @@ def _start(prepared: Prepared) -> dict[str, Any]:
 def _loggers(config: Config, run: RunDirectory, resume_step: int) -> Iterator[list[Logger]]:
     """metrics.csv and, where one is chosen, a dashboard that is closed whatever happens."""
     loggers: list[Logger] = [MetricsFile(run.metrics, resume_step)]
-    dashboard: Dashboard | Logger | None = build(config.get("logger"))
-    if not isinstance(dashboard, Dashboard):  # none, or one of Lightning's own loggers
-        yield loggers if dashboard is None else [*loggers, dashboard]
+    dashboard: Dashboard | None = build(config.get("logger"))
+    if dashboard is None:
+        yield loggers
         return
     say(dashboard.hint(run))
     try:
@@ -198,7 +214,7 @@ def blaming(group: str) -> Iterator[None]:
 def _module(config: Config, model: LanguageModel, task: Task) -> SequenceModule:
     return SequenceModule(
         model,
-        optimizer=_optimizer(config),
+        optimizer=optimizer_factory(config),
         schedule=build(config["schedule"]),
         metrics=task.metrics,
         log_every=config["trainer"].get("log_every_n_steps", 50),
@@ -207,7 +223,8 @@ def _module(config: Config, model: LanguageModel, task: Task) -> SequenceModule:
     )
 
 
-def _optimizer(config: Config) -> OptimizerFactory:
+def optimizer_factory(config: Config) -> OptimizerFactory:
+    """Makes the optimiser of a checked config from parameter groups."""
     return lambda groups: build(config["optimizer"], params=groups)
 
 
@@ -215,15 +232,15 @@ def _trainer(
     prepared: Prepared,
     run: RunDirectory,
     loggers: list[Logger],
-    extra_callbacks: Sequence[Callback],
+    own_callbacks: Sequence[Callback],
 ) -> Trainer:
     config, model, task = prepared.config, prepared.model, prepared.task
-    chosen = options(config)
-    checkpoints = Checkpoints(run, config, task=task, every=chosen.checkpoint_every)
-    callbacks = [*extra_callbacks, Stopwatch(), checkpoints]
+    *before, stop = own_callbacks  # which comes after what saves, as it ends the run
+    callbacks = [Stopwatch(), *before]
     if model.bank is not None:
-        callbacks.append(SaveBank(run, model, task, every=chosen.save_bank_every))
-    callbacks.append(StopOnSignal(checkpoints))  # after what saves, as it ends the run
+        every = options(config).save_bank_every
+        callbacks.append(SaveBank(run, model, task, every=every))
+    callbacks.append(stop)
     if config["trainer"].get("enable_progress_bar", True):
         callbacks.append(RunProgressBar(label(run.name)))
     with blaming("trainer"):
@@ -235,6 +252,8 @@ def _trainer(
             logger=loggers,
             plugins=[AtomicCheckpointIO()],
         )
+    # Lightning's handler of SIGTERM would stop at other places and without a checkpoint.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
 
 
@@ -253,7 +272,3 @@ def _results(
         trained = module.tokens - watch.first_token
         results["tokens_per_second"] = round(trained / watch.seconds)
     return results
-
-
-def _status(error: BaseException) -> str:
-    return "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"

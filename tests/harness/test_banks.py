@@ -150,7 +150,7 @@ def test_a_run_that_was_stopped_goes_on_without_its_anchor(
 def stop_at_the_fourth(callback, trainer):
     if trainer.global_step == 4:
         callback.checkpoints.save(trainer)
-        raise Interrupted(15, 4, callback.checkpoints.run)
+        raise Interrupted(15, 4, callback.checkpoints.run.path)
 
 
 def test_an_anchor_with_a_bank_is_taken_whole(banked):

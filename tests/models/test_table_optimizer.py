@@ -414,7 +414,7 @@ def test_a_run_with_tables_resumes_as_if_it_had_never_stopped(tmp_path, monkeypa
 
 def stop_at_the_third(callback, trainer):
     if trainer.global_step == 3:
-        raise Interrupted(15, 3, callback.checkpoints.run)
+        raise Interrupted(15, 3, callback.checkpoints.run.path)
 
 
 def test_a_gradient_that_lost_its_mark_is_not_sorted_again():
