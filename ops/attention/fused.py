@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ops.not_finite import carries
+
 # Queries a block. A block of b reads b + window keys of which a query sees `window`, so larger
 # blocks than the window waste work, and very small ones are all overhead.
 _LEAST_BLOCK, _LARGEST_BLOCK = 64, 512
@@ -33,6 +35,7 @@ def _check(q: Tensor, k: Tensor, window: int | None, prefix: int) -> None:
         )
 
 
+@carries("q", "k", "v")
 def attention(
     q: Float[Tensor, "B T H D"],
     k: Float[Tensor, "B S Hkv D"],
