@@ -14,6 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from ops.not_finite import masked_attention
+
 
 class KeySet(NamedTuple):
     """Keys and values that the queries of each block may see.
@@ -107,9 +109,7 @@ def attend(q: Float[Tensor, "b n w h k"], sets: Sequence[KeySet]) -> Float[Tenso
     tokens = torch.cat([s.tokens for s in sets], 2)
     visible = torch.cat([s.visible for s in sets], -1)
     k, v = rearrange(tokens, "b n s two g k -> two n (b g) s k")
-    y = F.scaled_dot_product_attention(
-        rearrange(q, "b n w h k -> n (b h) w k"), k, v, attn_mask=visible[:, None], enable_gqa=True
-    )
+    y = masked_attention(rearrange(q, "b n w h k -> n (b h) w k"), k, v, visible[:, None])
     return rearrange(y, "n (b h) w k -> b n w (h k)", h=q.shape[3])
 
 

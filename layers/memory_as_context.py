@@ -17,6 +17,7 @@ from layers.protocol import Layer, Memory, Output, Recipe, State, join_aux, requ
 from layers.registry import register
 from layers.rotary import rotate
 from layers.state_fit import TensorSpec
+from ops.not_finite import masked_attention
 
 RECALL_SCALE = 0.25  # of h at the start, where tokens have 1; see "Where we differ"
 
@@ -188,7 +189,7 @@ class MemoryAsContext(Layer):
             mask = _mask(q.shape[1], k.shape[1], prefix, q.device)
         k, v = (rearrange(t, "b s (both h) k -> b h (s both) k", both=2) for t in (k, v))
         k, v = self._with_persistent(k, v)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask)
+        y = masked_attention(q.transpose(1, 2), k, v, mask)
         return rearrange(y, "b h t k -> b t (h k)")
 
     def _with_persistent(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,13 +6,14 @@ Each is a plain description, so that a config can name it; the layer makes the p
 from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
 from math import factorial, prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from layers.protocol import require_at_least
+from ops.constants import kept
 from ops.test_time import MLP, Boundary, MemoryNetwork, Orthogonal
 from ops.test_time.choices import require_one_of
 
@@ -161,29 +162,30 @@ class PolynomialFeatures(nn.Module):
         degree: p.
     """
 
-    index: Tensor
-    multinomial: Tensor
-    order: Tensor
-
     def __init__(self, width: int, degree: int) -> None:
         super().__init__()
         monomials = _monomials(width, degree)
-        counts = [[m.count(i) for i in set(m)] for m in monomials]
-        multinomials = [
-            factorial(len(m)) / prod(map(factorial, c))
-            for m, c in zip(monomials, counts, strict=True)
-        ]
-        padded = [[*m, *[width] * (degree - len(m))] for m in monomials]  # `width` is a one
-        self.register_buffer("index", torch.tensor(padded), persistent=False)
-        self.register_buffer("multinomial", torch.tensor(multinomials), persistent=False)
-        order = torch.tensor([len(m) for m in monomials])
-        self.register_buffer("order", order, persistent=False)
+        # Numbers, no buffers: made without memory (`torch.device("meta")`), those have no values.
+        self.elements = tuple((*m, *[width] * (degree - len(m))) for m in monomials)  # then ones
+        self.multinomials = tuple(
+            factorial(len(m)) / prod(factorial(m.count(i)) for i in set(m)) for m in monomials
+        )
+        self.degrees = tuple(len(m) for m in monomials)
         start = torch.tensor([factorial(i) ** -0.5 for i in range(degree + 1)])
         self.coefficients = nn.Parameter(start)  # roots of a_i
 
     def forward(self, x: Float[Tensor, "b t h k"]) -> Float[Tensor, "b t h f"]:
         """The features of each vector."""
+        device = x.device
+        (index,) = _table(self.elements, torch.long, device)
+        (multinomial,) = _table(self.multinomials, x.dtype, device)
+        (order,) = _table(self.degrees, torch.long, device)
         with_one = nn.functional.pad(x, (0, 1), value=1.0)
-        root = self.multinomial.to(x.dtype).sqrt()
-        scale = root * self.coefficients.to(x.dtype)[self.order]
-        return with_one[..., self.index].prod(-1) * scale
+        scale = multinomial.sqrt() * self.coefficients.to(x.dtype)[order]
+        return with_one[..., index].prod(-1) * scale
+
+
+@kept
+def _table(numbers: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor]:
+    """Numbers as a tensor."""
+    return (torch.tensor(numbers, dtype=dtype, device=device),)

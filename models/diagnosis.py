@@ -6,6 +6,7 @@ from torch.utils import _pytree as pytree
 
 from layers import State
 from models.row_gradients import coalesced
+from ops.not_finite import contained
 
 
 class NonFiniteError(RuntimeError):
@@ -22,14 +23,15 @@ def first_nonfinite(model: nn.Module, inputs: Tensor, state: State = None) -> st
         state: that it starts from.
 
     Returns:
-        The module's dotted name; if every output is finite, a sentence that says so.
+        The module's dotted name, and of an output with a row for each token the first bad token
+        ("at sequence 0, token 17"); if every output is finite, a sentence that says so.
     """
     guilty: list[str] = []
 
     def watch(name: str, output: object) -> None:
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
         if not guilty and not all(t.isfinite().all() for t in tensors if t.is_floating_point()):
-            guilty.append(name)
+            guilty.append(name + _first_token(tensors[0], inputs))
 
     hooks = [
         module.register_forward_hook(lambda _m, _args, output, name=name: watch(name, output))
@@ -37,11 +39,23 @@ def first_nonfinite(model: nn.Module, inputs: Tensor, state: State = None) -> st
         if name
     ]
     try:
-        model(inputs, state)
+        with contained():  # or a token's NaN would be in the outputs of tokens before it
+            model(inputs, state)
     finally:
         for hook in hooks:
             hook.remove()
     return guilty[0] if guilty else "none (every activation is finite; the loss itself is not)"
+
+
+def _first_token(output: Tensor, inputs: Tensor) -> str:
+    """Where an output first holds no number, if it has a row for each token."""
+    if output.shape[:2] != inputs.shape or output.ndim < 3:
+        return ""
+    places = (~output.isfinite()).flatten(2).any(-1).nonzero()
+    if not len(places):
+        return ""
+    sequence, token = min(places.tolist(), key=lambda place: place[1])
+    return f" at sequence {sequence}, token {token}"
 
 
 def nonfinite_gradients(model: nn.Module) -> list[str]:

@@ -10,18 +10,18 @@ The series is not used beyond 4 x 4: its terms grow like binomial coefficients w
 and cancel only in exact arithmetic.
 """
 
-from functools import cache
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from ops.constants import kept
 
 _LEAF = 4  # side of the blocks inverted by power series
 _BLOCK = 16  # joins up to this side are masked products of whole blocks: smaller ones are slow
 
 
-@cache
-def _level_masks(dtype: torch.dtype, device: torch.device, side: int) -> list[Tensor]:
+@kept
+def _level_masks(dtype: torch.dtype, device: torch.device, side: int) -> tuple[Tensor, ...]:
     """Masks [side, side] of the leaves' strict lower parts, then of what each join brings in."""
     row, column = torch.arange(side, device=device)[:, None], torch.arange(side, device=device)
     masks, done = [], row <= column
@@ -31,7 +31,7 @@ def _level_masks(dtype: torch.dtype, device: torch.device, side: int) -> list[Te
         masks.append((inside & ~done).to(dtype))
         done = done | inside
         width *= 2
-    return masks
+    return tuple(masks)
 
 
 def _diagonal(x: Tensor, side: int) -> Tensor:

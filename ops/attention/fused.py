@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ops.nothing import accepts_nothing
+from ops.not_finite import carries
 
 # Queries a block. A block of b reads b + window keys of which a query sees `window`, so larger
 # blocks than the window waste work, and very small ones are all overhead.
@@ -36,6 +37,7 @@ def _check(q: Tensor, k: Tensor, window: int | None, prefix: int) -> None:
 
 
 @accepts_nothing("q", "k", "v")
+@carries("q", "k", "v")
 def attention(
     q: Float[Tensor, "B T H D"],
     k: Float[Tensor, "B S Hkv D"],

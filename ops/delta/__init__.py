@@ -10,11 +10,13 @@ from ops.delta.chunk import delta_chunk
 from ops.delta.naive import delta_naive
 from ops.gated_delta import OP as GATED_DELTA
 from ops.gated_delta import RECURRENT_UP_TO, check_chunk_size, gated_delta
+from ops.not_finite import carries
 from ops.registry import Op
 
 __all__ = ["OP", "delta", "delta_chunk", "delta_naive"]
 
 
+@carries("q", "k", "v", "beta")
 def delta(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],

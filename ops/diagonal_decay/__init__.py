@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ops.diagonal_decay.chunk import check_chunk_size, diagonal_decay_chunk
 from ops.diagonal_decay.naive import diagonal_decay_naive
+from ops.not_finite import carries
 from ops.registry import Op
 
 __all__ = ["OP", "diagonal_decay", "diagonal_decay_chunk", "diagonal_decay_naive"]
@@ -15,6 +16,7 @@ __all__ = ["OP", "diagonal_decay", "diagonal_decay_chunk", "diagonal_decay_naive
 _RECURRENT_UP_TO = 4  # tokens; a step costs a few small products, a chunk over a hundred calls
 
 
+@carries("q", "k", "v", "g")
 def diagonal_decay(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],

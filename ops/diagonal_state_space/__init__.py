@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ops.diagonal_state_space.chunk import check, diagonal_state_space_chunk
 from ops.diagonal_state_space.naive import diagonal_state_space_naive
+from ops.not_finite import carries
 from ops.registry import Op
 
 __all__ = ["OP", "diagonal_state_space", "diagonal_state_space_chunk", "diagonal_state_space_naive"]
@@ -16,6 +17,7 @@ __all__ = ["OP", "diagonal_state_space", "diagonal_state_space_chunk", "diagonal
 _RECURRENT_UP_TO = 2  # tokens
 
 
+@carries("x")
 def diagonal_state_space(
     x: Float[Tensor, "B T D"],
     A: Float[Tensor, "D M 2"],

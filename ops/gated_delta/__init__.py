@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ops.gated_delta.chunk import check_chunk_size, gated_delta_chunk
 from ops.gated_delta.naive import gated_delta_naive
+from ops.not_finite import carries
 from ops.registry import Op
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
 RECURRENT_UP_TO = 2  # tokens; one step costs a few small products, a chunk some sixty calls
 
 
+@carries("q", "k", "v", "g", "beta")
 def gated_delta(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T H K"],

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ops.linear_attention.chunk import linear_attention_chunk, with_prefix
 from ops.linear_attention.naive import Prefix, State, linear_attention_naive
+from ops.not_finite import carries
 from ops.registry import Op
 from ops.scalar_decay.chunk import check_chunk_size
 
@@ -16,6 +17,7 @@ __all__ = ["OP", "linear_attention", "linear_attention_chunk", "linear_attention
 _RECURRENT_UP_TO = 2  # tokens; one step costs a few small products, a chunk some thirty calls
 
 
+@carries("q", "k", "v")
 def linear_attention(
     q: Float[Tensor, "B T H F"],
     k: Float[Tensor, "B T H F"],

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ops.long_convolution.blocks import check, long_convolution_blocks
 from ops.long_convolution.naive import long_convolution_naive
+from ops.not_finite import carries
 from ops.registry import Op
 
 __all__ = ["OP", "long_convolution", "long_convolution_blocks", "long_convolution_naive"]
@@ -16,6 +17,7 @@ __all__ = ["OP", "long_convolution", "long_convolution_blocks", "long_convolutio
 _RECURRENT_UP_TO = 4  # tokens; each sums over the whole state, a block transforms it
 
 
+@carries("x")
 def long_convolution(
     x: Float[Tensor, "B T D"],
     kernel: Float[Tensor, "D L"],

@@ -9,11 +9,13 @@ from torch import Tensor
 from ops.lstm.cell import lstm_scan
 from ops.lstm.naive import LSTMState, lstm_naive
 from ops.lstm.scan import RECURRENT_UP_TO, check_weights
+from ops.not_finite import carries
 from ops.registry import Op
 
 __all__ = ["OP", "LSTMState", "lstm", "lstm_naive", "lstm_scan"]
 
 
+@carries("wx")
 def lstm(
     wx: Float[Tensor, "B T 4 H D"],
     r: Float[Tensor, "4 H D D"],

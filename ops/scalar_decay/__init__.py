@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ops.not_finite import carries
 from ops.registry import Op
 from ops.scalar_decay.chunk import check_chunk_size, scalar_decay_chunk
 from ops.scalar_decay.naive import scalar_decay_naive
@@ -15,6 +16,7 @@ __all__ = ["OP", "scalar_decay", "scalar_decay_chunk", "scalar_decay_naive"]
 _RECURRENT_UP_TO = 2  # tokens; one step costs a few small products, a chunk some thirty calls
 
 
+@carries("q", "k", "v", "g")
 def scalar_decay(
     q: Float[Tensor, "B T G K"],
     k: Float[Tensor, "B T G K"],

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ops.not_finite import carries
 from ops.registry import Op
 from ops.selective_scan.chunk import check_shapes, selective_scan_chunk
 from ops.selective_scan.naive import selective_scan_naive
@@ -15,6 +16,7 @@ __all__ = ["OP", "selective_scan", "selective_scan_chunk", "selective_scan_naive
 _RECURRENT_UP_TO = 2  # tokens; beyond, the calls of one chunk cost less than those of the loop
 
 
+@carries("x", "step", "B", "C")
 def selective_scan(
     x: Float[Tensor, "B T D"],
     step: Float[Tensor, "B T D"],

@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ops.not_finite import carries
+
 _BLOCK_NUMBERS = 2**17  # whose products are summed while they are in cache
 
 
@@ -57,6 +59,7 @@ class _Taps(torch.autograd.Function):
         return dhistory, dweight
 
 
+@carries("x")
 def short_convolution(
     x: Float[Tensor, "B T D"],
     weight: Float[Tensor, "D W"],

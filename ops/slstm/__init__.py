@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ops.lstm import OP as LSTM
 from ops.lstm.scan import RECURRENT_UP_TO, check_weights
+from ops.not_finite import carries
 from ops.registry import Op
 from ops.slstm.cell import slstm_scan
 from ops.slstm.naive import SLSTMState, slstm_naive
@@ -15,6 +16,7 @@ from ops.slstm.naive import SLSTMState, slstm_naive
 __all__ = ["OP", "SLSTMState", "slstm", "slstm_naive", "slstm_scan"]
 
 
+@carries("wx")
 def slstm(
     wx: Float[Tensor, "B T 4 H D"],
     r: Float[Tensor, "4 H D D"],

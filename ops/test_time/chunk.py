@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ops.nothing import accepts_nothing
+from ops.not_finite import carries
 from ops.precision import without_autocast
 from ops.test_time.engine import Carried, Engine, Tiles
 from ops.test_time.memories import Head
@@ -31,6 +32,7 @@ Watch = Callable[[str, Tensor], None]
 
 
 @accepts_nothing("q", "k", "v", "gates")
+@carries("q", "k", "v", "gates")
 @torch.compiler.disable
 @without_autocast
 def memorize_chunked(

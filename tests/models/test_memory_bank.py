@@ -266,7 +266,7 @@ def test_a_block_that_is_no_number_is_found_by_its_route():
     with torch.no_grad():
         model.bank.record(3, 7)[1].fill_(float("nan"))
     bad, good = (model.init_state(2, torch.tensor([0, leaf])) for leaf in (7, 8))
-    assert first_nonfinite(model, tokens, bad) == "blocks.1.parts.1.parts.0"
+    assert first_nonfinite(model, tokens, bad) == "blocks.1.parts.1.parts.0 at sequence 1, token 0"
     assert first_nonfinite(model, tokens, good).startswith("none")
 
 

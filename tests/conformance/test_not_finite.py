@@ -1,0 +1,20 @@
+"""What is not a number stays in its sequence, and after its token."""
+
+import pytest
+import torch
+
+from ops.not_finite import contained
+from tests.helpers import LAYER_EXAMPLES, example_input, example_layer
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize(("name", "example"), LAYER_EXAMPLES, ids=str)
+def test_a_bad_token_reaches_no_earlier_token_and_no_other_sequence(name, example, bad):
+    layer, x = example_layer(name, example), example_input(name, length=20)
+    with torch.no_grad(), contained():
+        before = layer(x).y
+        x[0, 9] = bad
+        after = layer(x).y
+    assert torch.equal(after[1], before[1])
+    assert torch.equal(after[0, :9], before[0, :9])
+    assert not after[0, 9].isfinite().all()
