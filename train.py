@@ -17,7 +17,7 @@ import hydra
 from omegaconf import DictConfig
 
 from harness.cli import report_errors
-from harness.compose import check_sweep, checked, compose_checked, job_choices
+from harness.compose import check_sweep, checked, claim_sweep, compose_checked, job_choices
 from harness.jobs import resume_run, start_job, start_run
 
 
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
     if resumed:
         resume_run(resumed[-1], others=[a for a in arguments if not a.startswith("resume=")])
     elif any(a.startswith("-") for a in arguments):  # -m, --help, --cfg: Hydra's own business
-        sys.argv[1:] = check_sweep(arguments)
+        sys.argv[1:] = claim_sweep(check_sweep(arguments))
         job()
     else:
         start_run(compose_checked(arguments))

@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.check import Config, ConfigError
+from harness.run_directory import claim_by_time
 from harness.schema import check_config
 from harness.targets import suggest
 
@@ -141,6 +142,17 @@ def check_sweep(arguments: Sequence[str]) -> list[str]:
             raise ConfigError(["run_dir: a sweep names its runs itself; set hydra.sweep.dir"])
     with _hydra() as loader:
         return [*flags, *(_lenient(override, loader) for override in _parse(overrides)[0])]
+
+
+def claim_sweep(arguments: Sequence[str]) -> list[str]:
+    """Adds a directory of its own to the arguments of a sweep that names none.
+
+    The config names one by the second, and two sweeps that start in one would share it.
+    """
+    named = {a.lstrip("+").split("=")[0] for a in arguments} & {"hydra.sweep", "hydra.sweep.dir"}
+    if named or set(arguments) & SHOW_FLAGS:
+        return list(arguments)
+    return [*arguments, f"hydra.sweep.dir={claim_by_time('sweep')}"]
 
 
 def job_choices() -> Mapping[str, Any]:

@@ -68,4 +68,5 @@ def label(run_name: str) -> str:
 def reference_line(task: Task, split: EvalSplit) -> str:
     """What a score is to be held against."""
     named = (f"{name} {value:.4f}" for name, value in task.references(split).items())
-    return f"for comparison, {task.monitor} of {', '.join(named)}"
+    line = f"for comparison, {task.monitor} of {', '.join(named)}"
+    return f"{line}\n{task.remark}" if task.remark else line

@@ -129,7 +129,9 @@ def evaluate(
             state = _score(model, batch, metrics, state if carry else None)
         seconds += time.perf_counter() - started
         tokens += batch.inputs.numel()
-        held = max(held, sum(t.numel() * t.element_size() // len(t) for t in state_tensors(state)))
+        held = max(
+            held, sum(t.numel() * t.element_size() // max(1, len(t)) for t in state_tensors(state))
+        )
     return Evaluation(
         seq_len=task.seq_len,
         carry=carry,

@@ -168,9 +168,13 @@ def _claim(wanted: str | None, choices: Mapping[str, str], seed: int) -> Path:
         refuse_occupied(wanted)
         Path(wanted).mkdir(parents=True, exist_ok=True)
         return Path(wanted)
+    return claim_by_time(*(choices.get(g, "") for g in ("task", "mixer")), f"seed{seed}")
+
+
+def claim_by_time(*words: str) -> Path:
+    """Makes a directory named by the time and words, which no other process has then."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    name = "_".join([stamp, *(choices.get(g, "") for g in ("task", "mixer")), f"seed{seed}"])
-    return _make_unique(RUNS / name)
+    return _make_unique(RUNS / "_".join([stamp, *words]))
 
 
 def refuse_occupied(wanted: str | None) -> None:

@@ -157,6 +157,7 @@ def _record_start(prepared: Prepared, run: RunDirectory, resume_step: int) -> No
         seed=options(prepared.config).seed,
         config_hash=config_hash(prepared.config),
         budget=prepared.budget.as_dict(),
+        monitor=prepared.task.monitor,
         **provenance(),
     )
 

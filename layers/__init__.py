@@ -71,7 +71,7 @@ from layers.stored_table import StoredTable, replace_tables, store_tables
 from layers.table import TableOptions, bind_shared_tables
 from layers.telemetry import Record, observe, observing, recording
 from layers.test_time_memory import TestTimeMemory
-from layers.test_time_parts import Features, Forgetting, Learner
+from layers.test_time_parts import Features, Forgetting, Learner, Readout
 from layers.ultra_mem import UltraMem, UltraMemV2
 from layers.ultra_mem_keys import TuckerScores
 from layers.usage import Usage, UsageMeter, metering, reads_tables, with_shared_tables

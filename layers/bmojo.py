@@ -169,6 +169,24 @@ class BMojo(Layer):
             torch.zeros(batch_size, dtype=torch.long, device=none.device),
         )
 
+    def state_spec(self) -> BMojoState:
+        """As many tokens in each set as it holds at most."""
+        spec, window, eidetic = super().state_spec(), self.window, self.eidetic
+        kept = tuple(
+            e._replace(
+                tokens=e.tokens.growing(eidetic),
+                score=e.score.growing(eidetic),
+                waiting=e.waiting.growing(2 * window - 1),
+            )
+            for e in spec.eidetic
+        )
+        return spec._replace(
+            memory=self.memory,
+            recent=spec.recent.growing(2 * window - 1 if eidetic else window - 1),
+            fading=spec.fading.growing(2 * window - 1),
+            eidetic=kept,
+        )
+
     def state_size(self, seq_len: int) -> int:
         """The memory's, and keys and values of the tokens of each set."""
         groups, width = self.attention.kv_heads, self.attention.head_dim

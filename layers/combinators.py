@@ -38,6 +38,10 @@ class _Composite(RoutedLayer):
         """One state per part."""
         return tuple(start_state(part, batch_size, route) for part in self.parts)
 
+    def state_spec(self) -> Any:
+        """What fits each part."""
+        return tuple(self.parts)
+
     def state_size(self, seq_len: int) -> int:
         """The sum over the parts."""
         return sum(part.state_size(seq_len) for part in self.parts)

@@ -30,6 +30,7 @@ from layers.protocol import (
 from layers.registry import register
 from layers.rotary import rotate
 from layers.softmax_attention import KVCache, SoftmaxAttention
+from layers.state_fit import ANYTHING
 from ops.attention import attention
 
 
@@ -175,6 +176,12 @@ class CrossDecoder(RoutedLayer):
         fed = tuple(inner for ffn in self.ffns for inner in start_state(ffn, batch_size, route))
         return CrossDecoderState(memory, cache, fed)
 
+    def state_spec(self) -> CrossDecoderState:
+        """What fits the layers that carry something."""
+        steps = (self.memory, self.attention, *self.ffns)
+        memory, source, *ffns = (step.parts[0] for step in steps)
+        return CrossDecoderState(memory, source, tuple(ffns))
+
     def state_size(self, seq_len: int) -> int:
         """The memory's, and keys and values of every token."""
         return sum(step.state_size(seq_len) for step in (self.memory, self.attention, *self.ffns))
@@ -201,6 +208,10 @@ class _Saving(Layer):
         """The layer's."""
         return self.layer.init_state(batch_size)
 
+    def state_spec(self) -> Layer:
+        """What fits the layer."""
+        return self.layer
+
     def state_size(self, seq_len: int) -> int:
         """The layer's."""
         return self.layer.state_size(seq_len)
@@ -216,6 +227,10 @@ class _Reading(Layer):
     def forward(self, x: Float[Tensor, "b t d"], state: Any = None) -> Output:
         """What is read; nothing is carried."""
         return Output(self.reader(x, state))
+
+    def state_spec(self) -> Any:
+        """What was saved is no state and comes from the step before."""
+        return ANYTHING
 
 
 def _full(attention: Layer) -> SoftmaxAttention:

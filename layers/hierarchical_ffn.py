@@ -13,6 +13,7 @@ from layers.feed_forward import SwiGLU
 from layers.memory_bank import BankOptions, BankReader, BankShape, Fetched
 from layers.protocol import Output, RoutedLayer, State
 from layers.registry import register
+from layers.state_fit import TensorSpec
 
 _NO_BANK = (
     "this HierarchicalFFN reads no bank, so it cannot fetch a route: put it into a LanguageModel, "
@@ -94,6 +95,11 @@ class HierarchicalFFN(SwiGLU, RoutedLayer):
         if route is not None:
             return bank.fetch(route)[:, place]
         return bank.generic[place].expand(batch_size, -1, -1)
+
+    def state_spec(self) -> TensorSpec:
+        """The blocks of each sequence; no bank is asked for them."""
+        own = self.in_proj.weight
+        return TensorSpec.of(own.new_empty(1, self.options.units, self.width, device="meta"))
 
     def state_size(self, seq_len: int) -> int:
         """Numbers of the fetched blocks, at any length."""

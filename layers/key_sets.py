@@ -45,8 +45,8 @@ class Blocks:
 
     @property
     def number(self) -> int:
-        """Blocks N that hold new tokens."""
-        return -(-(self.place + self.length) // self.window)
+        """Blocks N that hold new tokens; one if there are none."""
+        return max(1, -(-(self.place + self.length) // self.window))
 
     @property
     def begun(self) -> int:
@@ -110,7 +110,7 @@ def attend(q: Float[Tensor, "b n w h k"], sets: Sequence[KeySet]) -> Float[Tenso
     y = F.scaled_dot_product_attention(
         rearrange(q, "b n w h k -> n (b h) w k"), k, v, attn_mask=visible[:, None], enable_gqa=True
     )
-    return rearrange(y, "n (b h) w k -> b n w (h k)", b=len(q))
+    return rearrange(y, "n (b h) w k -> b n w (h k)", h=q.shape[3])
 
 
 def _in_pairs(x: Tensor, axis: int, window: int) -> Tensor:

@@ -76,6 +76,10 @@ class LongConv(Layer):
         """No inputs."""
         return LongConvState(self.kernel.new_zeros(batch_size, 0, len(self.kernel)))
 
+    def state_spec(self) -> LongConvState:
+        """As many inputs as a later token can see, or fewer."""
+        return LongConvState(super().state_spec().inputs.growing(self.kernel.shape[1] - 1))
+
     def state_size(self, seq_len: int) -> int:
         """The inputs that a later token can see."""
         channels, taps = self.kernel.shape

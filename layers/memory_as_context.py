@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -16,6 +16,7 @@ from layers.norm import RMSNorm
 from layers.protocol import Layer, Memory, Output, Recipe, State, join_aux, require_at_least
 from layers.registry import register
 from layers.rotary import rotate
+from layers.state_fit import TensorSpec
 
 RECALL_SCALE = 0.25  # of h at the start, where tokens have 1; see "Where we differ"
 
@@ -141,6 +142,12 @@ class MemoryAsContext(Layer):
             self.memory.init_state(batch_size), self.memory.init_state(batch_size), empty, empty
         )
 
+    def state_spec(self) -> ContextState:
+        """Two states of the memory, and as many tokens as a segment that is not complete."""
+        none = TensorSpec.of(self._no_keys(1, like=self.kv_proj.weight))
+        keys: Any = none.growing(self.segment - 1)
+        return ContextState(self.memory, self.memory, keys, keys)
+
     def state_size(self, seq_len: int) -> int:
         """Both memories, and keys and values of two kinds for each token of the segment so far."""
         begun = seq_len % self.segment
@@ -209,8 +216,8 @@ def _mask(queries: int, tokens: int, prefix: int, device: torch.device) -> Tenso
 
 
 def _mean(auxes: Sequence[Mapping[str, Tensor]], tokens: Sequence[int]) -> dict[str, Tensor]:
-    """Each name's mean over the pieces, by their tokens."""
-    weights = [count / sum(tokens) for count in tokens]
+    """Each name's mean over the pieces, by their tokens; that of the one piece if it has none."""
+    weights = [count / sum(tokens) if sum(tokens) else 1.0 for count in tokens]
     return {
         name: torch.stack([w * aux[name] for w, aux in zip(weights, auxes, strict=True)]).sum(0)
         for name in auxes[0]

@@ -1,6 +1,6 @@
 """What the ways to join a memory and attention share (Titans, arXiv 2501.00663)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -68,6 +68,11 @@ class _MemoryWithWindow(Layer):
     def init_state(self, batch_size: int) -> WindowState:
         """A memory that has read the persistent tokens, and an empty cache."""
         return WindowState(self._first_memory(batch_size), self.attention.init_state(batch_size))
+
+    def state_spec(self) -> WindowState:
+        """What fits the memory and the attention."""
+        parts: tuple[Any, Any] = self.memory, self.attention
+        return WindowState(*parts)
 
     def state_size(self, seq_len: int) -> int:
         """That of the memory, after the persistent tokens too, and of the attention."""

@@ -22,15 +22,21 @@ from ops.sizes import scaled_width
 
 @register(
     default={"experts": 4, "expand": 1},
-    one_choice={"experts": 3, "top_k": 1, "renormalize": False, "expand": 1, "z_loss": 1e-3},
-    with_shared={"experts": 4, "top_k": 3, "shared_experts": 1, "multiple_of": 2},
+    one_choice={"experts": 3, "top_k": 1, "expand": 1, "z_loss": 1e-3},
+    with_shared={
+        "experts": 4,
+        "top_k": 3,
+        "renormalize": True,
+        "shared_experts": 1,
+        "multiple_of": 2,
+    },
 )
 class MixtureOfExperts(Layer):
     """Token-choice mixture of SwiGLU experts, without a capacity (as in OLMoE, arXiv 2409.02060).
 
     A router `p = softmax(W_r x)`, in fp32, sends each token to its k likeliest experts I:
 
-        y = sum_{e in I} w_e FFN_e(x) + FFN_shared(x),    w_e = p_e / sum_{i in I} p_i
+        y = sum_{e in I} p_e FFN_e(x) + FFN_shared(x)
 
     Every token is computed by all k of its experts, however many choose the same: tokens are sorted
     by expert, and each expert is one product over its own (MegaBlocks, arXiv 2211.15841, has it in
@@ -43,8 +49,9 @@ class MixtureOfExperts(Layer):
         expand: hidden width of one expert over D; by default 8/3 over the experts that a token goes
             to, shared ones included, so that a token costs what it does in a dense SwiGLU.
         multiple_of: the hidden width is rounded up to a multiple of this; default 8.
-        renormalize: divide the weights of the chosen by their sum; default True. With k = 1 all
-            weights are then one, and the router learns from its losses alone.
+        renormalize: divide the weights of the chosen by their sum, as in Mixtral (arXiv
+            2401.04088); default False, as in OLMoE. With k = 1 all weights are then one, and the
+            router learns from its losses alone.
         shared_experts: experts that every token goes to, with weight one, as one SwiGLU of that
             many times the width (DeepSeekMoE, arXiv 2401.06066); default 0.
         balance_loss: weight alpha of `alpha E sum_e f_e P_e`, with f_e the share of all choices
@@ -53,8 +60,10 @@ class MixtureOfExperts(Layer):
 
     Telemetry: `load_max`, `load_min` and `router_entropy`; `route`, the weights of all experts.
 
-    Where we differ: f_e is divided by k, so that the loss means the same for any k. In
-    `MixtureOfMemories`, which follows its paper, it is not.
+    f_e is divided by k, as in MegaBlocks, with which OLMoE was trained; its port in transformers
+    does not divide, and neither does `MixtureOfMemories`, which follows its paper.
+
+    Where we differ: a model adds up its layers' losses, and MegaBlocks takes their mean.
 
     Raises:
         ValueError: more choices than experts.
@@ -68,7 +77,7 @@ class MixtureOfExperts(Layer):
         top_k: int = 2,
         expand: float | None = None,
         multiple_of: int = 8,
-        renormalize: bool = True,
+        renormalize: bool = False,
         shared_experts: int = 0,
         balance_loss: float = 0.01,
         z_loss: float = 0.001,

@@ -22,6 +22,7 @@ from layers.protocol import (
 from layers.registry import register
 from layers.short_convolution import ConvState, ShortConvolution
 from layers.telemetry import observe
+from ops.nothing import in_graph_of
 from ops.routing import (
     Packing,
     Routes,
@@ -103,15 +104,20 @@ class MixtureOfMemories(Memory):
             False.
         router: "learned" (default), or "random", which ignores the token: a hash of its position,
             to measure what routing is worth. It has no losses.
-        balance_loss: weight of the loss `M sum_m f_m P_m`; default 0.01.
+        balance_loss: weight of the loss `M sum_m f_m P_m`, f_m the share of the tokens that goes to
+            m and P_m its mean probability; k if loads are even; default 0.01.
         z_loss: weight of the mean squared log partition of the router's logits; default 0.
 
     State: M times that of the memory, the shared one's, and a convolution's tail each.
 
     Where we differ: the paper's memory is Gated DeltaNet, ours is any; its router sees the layer's
     input, ours, with the convolution "before", what that gives; its balance loss of 0.001
-    and 0.01 are both published, and both were within noise there. The released code convolves
-    across the bounds of the memories' sequences in training; ours does not.
+    and 0.01 are both published, and both were within noise there. P_m is the mean of the router's
+    whole softmax, as in Switch Transformers and the released code for packed sequences; the
+    released code without packing takes the renormalised weights of the k chosen in its place, from
+    which a router with k = 1 would learn nothing. The loss is each layer's own, where the packed
+    code pools the layers. The released code convolves across the bounds of the memories'
+    sequences in training; ours does not.
 
     Raises:
         ValueError: a memory that is no matrix memory, or more choices than memories.
@@ -288,11 +294,11 @@ class MixtureOfMemories(Memory):
         return packed(self.base.project_queries(x), packing), kv, raw
 
     def _nothing(self, x: Tensor, state: MixtureState) -> Output:
-        """The output of no token."""
+        """The output of no token: the sort by memory needs one."""
         logits = self._logits(x, state.position)
         routes = route(logits, self.top_k)
         self._observe(routes)
-        return Output(torch.zeros_like(x), state, self._aux(routes, logits))
+        return Output(in_graph_of(x, *self.parameters()), state, self._aux(routes, logits))
 
     def _aux(self, routes: Routes, logits: Tensor) -> dict[str, Tensor]:
         """Losses of a router that learns, and how evenly it loads the memories."""

@@ -1,9 +1,13 @@
 """PEER: a million experts of one neuron each, of which a token uses a few."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from layers.product_keys import ProductKeys, QueryNorm, default_key_dim
 from layers.protocol import Layer, Output, State, require_choice
@@ -11,9 +15,14 @@ from layers.registry import register
 from layers.table import OWN, TableOptions, make_table
 from layers.usage import observe_rows
 
-Scores = Literal["softmax", "sigmoid"]
+Scores = Literal["softmax", "sigmoid", "relu"]
 Activation = Literal["gelu", "relu", "identity"]
 
+_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": partial(F.softmax, dim=-1),
+    "sigmoid": torch.sigmoid,
+    "relu": F.relu,
+}
 _ACTIVATIONS = {"gelu": nn.GELU(), "relu": nn.ReLU(), "identity": nn.Identity()}
 _SMALL = {"heads": 2, "top_k": 3, "sub_keys": 4, "table": TableOptions(update="dense")}
 
@@ -21,6 +30,7 @@ _SMALL = {"heads": 2, "top_k": 3, "sub_keys": 4, "table": TableOptions(update="d
 @register(
     default=_SMALL,
     sigmoid=_SMALL | {"scores": "sigmoid", "activation": "relu", "query_norm": "none", "top_k": 12},
+    own_keys=_SMALL | {"scores": "relu", "shared_keys": False, "top_k": 1},
 )
 class PEER(Layer):
     """Parameter-efficient expert retrieval: "Mixture of A Million Experts" (arXiv 2407.04153).
@@ -42,7 +52,10 @@ class PEER(Layer):
             does not give it.
         query_norm: "layer" (default), "none", or "batch" as in the paper: see `ProductKeys` for
             what that costs.
-        scores: "softmax" over the k scores kept (default), or "sigmoid" of each.
+        shared_keys: whether heads search the same sub-keys, as in the paper (default), or each its
+            own, as in PEER-pytorch.
+        scores: "softmax" over the k scores kept (default), or "sigmoid" or "relu" of each. A head
+            whose experts all have scores below zero is silent with the last, and learns nothing.
         activation: of the neuron, "gelu" (default), "relu" or "identity".
         table: how the optimiser writes the experts. Layers that share a name share experts.
 
@@ -59,6 +72,7 @@ class PEER(Layer):
         sub_keys: int = 256,
         key_dim: int | None = None,
         query_norm: QueryNorm = "layer",
+        shared_keys: bool = True,
         scores: Scores = "softmax",
         activation: Activation = "gelu",
         table: TableOptions = OWN,
@@ -76,7 +90,7 @@ class PEER(Layer):
             sub_keys=sub_keys,
             key_dim=default_key_dim(d_model) if key_dim is None else key_dim,
             query_norm=query_norm,
-            shared=True,
+            shared=shared_keys,
         )
         rows = self.keys.rows
         self.down = make_table(rows, d_model, std=d_model**-0.5, options=table.named("down"))
@@ -85,7 +99,7 @@ class PEER(Layer):
     def forward(self, x: Float[Tensor, "b t d"], state: State = None) -> Output:
         """Builds and applies each position's neurons."""
         scores, rows = self.keys(x)
-        weights = scores.sigmoid() if self.scores == "sigmoid" else scores.softmax(-1)
+        weights = _WEIGHTS[self.scores](scores)
         observe_rows(self, rows, weights, self.keys.rows)
         rows, weights = rows.flatten(2), weights.flatten(2)
         hidden = _ACTIVATIONS[self.activation](self.down.dot_rows(rows, x))

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers.product_keys import ProductKeys, QueryNorm, default_key_dim
+from layers.product_keys import ProductKeys, QueryNorm, default_key_dim, half_width
 from layers.protocol import Layer, Output, State, require_at_least, require_choice
 from layers.registry import register
 from layers.table import OWN, TableOptions, make_table
@@ -33,7 +33,7 @@ class ProductKeyMemory(Layer):
 
         q = norm(W_q x),   I, a = the k best of the n^2 sums  K1 q1 + K2 q2   (per head)
         z = sum_heads sum_j s_j V[I_j],   s = softmax(a)
-        y = W_out (z * silu(W_gate x))
+        y = W_out (z * silu(W_gate x + b_gate)) + b_out
 
     Rows and keys are those of "Large Memory Layers with Product Keys" (arXiv 1907.05242), the
     gated output that of "Memory Layers at Scale" (Memory+, arXiv 2412.09764), where several layers
@@ -57,12 +57,15 @@ class ProductKeyMemory(Layer):
             not D.
         table: how the optimiser writes the values, and whether layers share them.
 
-    Initialisation: values N(0, 1/value_dim), gate and output of unit gain (N(0, 1/their input's
-    width); Memory+ has N(0, 1/D) for both, whatever the width of a row), keys as `ProductKeys`.
+    Initialisation: values N(0, 1/value_dim), queries as `ProductKeys`. Sub-keys are uniform within
+    1/sqrt(key_dim) where the gate is Memory+'s, as in its code, and within sqrt(2) times that, as
+    in the first paper's, elsewhere. Gate and output are of unit gain (N(0, 1/their input's width)).
 
     Where we differ: queries are normalised by LayerNorm by default. Both papers' code has no norm
     by default, with which a direction common to all inputs leaves most rows unused, and the batch
-    norm that the first paper recommends mixes tokens.
+    norm that the first paper recommends mixes tokens. Memory+ has N(0, 1/D) for both maps of its
+    gated output, whatever the width of a row, and starts their biases as `nn.Linear` does; ours
+    start at zero, as a bias as large as what is read would not be divided by the model's depth.
     """
 
     def __init__(
@@ -85,20 +88,24 @@ class ProductKeyMemory(Layer):
         value_dim = d_model if value_dim is None else value_dim
         require_at_least(1, value_dim=value_dim)
         self.scores: Scores = scores
+        key_dim = default_key_dim(d_model) if key_dim is None else key_dim
         self.keys = ProductKeys(
             d_model,
             heads=heads,
             top_k=top_k,
             sub_keys=sub_keys,
-            key_dim=default_key_dim(d_model) if key_dim is None else key_dim,
+            key_dim=key_dim,
             query_norm=query_norm,
+            key_bound=(2 * half_width(key_dim)) ** -0.5 if gate == "silu" else None,
         )
         self.values = make_table(self.keys.rows, value_dim, std=value_dim**-0.5, options=table)
         self.value_dim = value_dim
         self.gate: Gate = gate
         self.gate_proj = _gate(gate, d_model, value_dim)
         mixes = gate != "none" or value_dim != d_model
-        self.out_proj = _linear(value_dim, d_model) if mixes else nn.Identity()
+        self.out_proj: nn.Module = nn.Identity()
+        if mixes:
+            self.out_proj = _linear(value_dim, d_model, bias=gate == "silu")
 
     def forward(self, x: Float[Tensor, "b t d"], state: State = None) -> Output:
         """Reads each position's rows."""
@@ -125,11 +132,13 @@ def _gate(kind: Gate, d_model: int, value_dim: int) -> nn.Module:
         nn.init.zeros_(gate.weight)
         nn.init.constant_(gate.bias, CLOSED)
         return gate
-    return _linear(d_model, value_dim) if kind == "silu" else nn.Identity()
+    return _linear(d_model, value_dim, bias=True) if kind == "silu" else nn.Identity()
 
 
-def _linear(d_in: int, d_out: int) -> nn.Linear:
-    """A map of unit gain without a bias."""
-    linear = nn.Linear(d_in, d_out, bias=False)
+def _linear(d_in: int, d_out: int, *, bias: bool) -> nn.Linear:
+    """A map of unit gain, with a bias of zero if any."""
+    linear = nn.Linear(d_in, d_out, bias=bias)
     nn.init.normal_(linear.weight, std=d_in**-0.5)
+    if bias:
+        nn.init.zeros_(linear.bias)
     return linear

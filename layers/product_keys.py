@@ -47,9 +47,9 @@ class ProductKeys(nn.Module):
             inputs have a common direction, but in training a token then depends on all others of
             the batch, later ones too. "none" leaves queries as they are.
         shared: heads search the same sub-keys, as in PEER; otherwise each has its own.
+        key_bound: sub-keys start uniform within it; default 1/sqrt(K/2), as in the paper's code.
 
-    Initialisation: sub-keys uniform within 1/sqrt(K/2); the query map Xavier-uniform with a bias of
-    zero.
+    Initialisation: the query map Xavier-uniform, its bias uniform within 1/sqrt(D).
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class ProductKeys(nn.Module):
         key_dim: int,
         query_norm: QueryNorm,
         shared: bool = False,
+        key_bound: float | None = None,
     ) -> None:
         super().__init__()
         require_at_least(1, heads=heads, top_k=top_k, sub_keys=sub_keys)
@@ -75,8 +76,8 @@ class ProductKeys(nn.Module):
         self.norm = _query_norm(query_norm, heads, half)
         self.keys = nn.Parameter(torch.empty(1 if shared else heads, 2, sub_keys, half))
         nn.init.xavier_uniform_(self.query_proj.weight)
-        nn.init.zeros_(self.query_proj.bias)
-        nn.init.uniform_(self.keys, -(half**-0.5), half**-0.5)
+        bound = half**-0.5 if key_bound is None else key_bound
+        nn.init.uniform_(self.keys, -bound, bound)
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Selected:
         """The rows of each token, under autocast those of the same tokens without it."""

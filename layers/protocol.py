@@ -19,6 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from layers.state_fit import Stateful
+
 State = Any
 """A pytree of tensors (batch first), or None. Its structure is fixed for a given layer."""
 
@@ -66,8 +68,12 @@ class Policy(NamedTuple):
 NO_POLICY = Policy()
 
 
-class Layer(nn.Module):
+class Layer(Stateful):
     """Base of all layers: `d_model` first in the constructor, then keyword-only arguments.
+
+    A state that does not fit a call is a ValueError, from `forward`, `recall` and `forward_saving`
+    alike (`layers/state_fit.py`). A layer whose state grows, or is that of other layers, says so in
+    `state_spec`; for all others `init_state` tells what fits.
 
     The linear map through which a layer writes to the residual stream, if it ends in one, is named
     `out_proj`, so that a model can scale it with depth.

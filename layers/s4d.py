@@ -17,7 +17,7 @@ from ops.diagonal_state_space import diagonal_state_space
 
 Rates = Literal["lin", "inv", "legs", "real"]
 
-OF_THE_SYSTEM = Policy(decays=False, max_lr=1e-3)
+OF_THE_RATES = Policy(decays=False, max_lr=1e-3)
 
 
 class S4DState(NamedTuple):
@@ -42,7 +42,7 @@ class S4D(Layer):
     and the output is `(W_o g + b_o) * sigmoid(W_g g + b_g)` with `g = GELU(y)`. Nothing in the
     recurrence depends on the tokens, so it cannot recall by content. The real part of A is held as
     `-exp(A_log)`, in fp32; C starts complex normal, D normal, steps log-uniform in [0.001, 0.1].
-    A, C and the steps are not decayed and learn at 1e-3 at most.
+    A and the steps are not decayed and learn at 1e-3 at most; C is treated like any linear map.
 
     Args:
         d_model: width D.
@@ -53,14 +53,17 @@ class S4D(Layer):
 
     State: `N D` scalars.
 
-    Where we differ: B is one and is not learnt, as only its product with C enters.
+    Where we differ: B is one and is not learnt, as only its product with C enters. That of
+    S4D-LegS, half of HiPPO's in the basis of the eigenvectors, is in the size with which C starts;
+    its phase would change nothing, as that of C is random. (The released code has B = 1 for all
+    rates unless asked, and learns it in the kernel with all options.)
 
     Raises:
         ValueError: a state size that is not even and positive.
     """
 
     policies: ClassVar[Mapping[str, Policy]] = dict.fromkeys(
-        ("A_log", "A_imag", "C", "log_step"), OF_THE_SYSTEM
+        ("A_log", "A_imag", "log_step"), OF_THE_RATES
     )
 
     def __init__(self, d_model: int, *, state_dim: int = 64, init: Rates = "lin") -> None:
@@ -70,7 +73,8 @@ class S4D(Layer):
         real, imag = first_rates(init, state_dim)
         self.A_log = nn.Parameter((-real).log().repeat(d_model, 1))
         self.A_imag = nn.Parameter(imag.repeat(d_model, 1))
-        self.C = nn.Parameter(torch.randn(d_model, state_dim // 2, 2) * 0.5**0.5)
+        size = first_sizes(init, state_dim)[:, None] * 0.5**0.5
+        self.C = nn.Parameter(torch.randn(d_model, state_dim // 2, 2) * size)
         self.log_step = nn.Parameter(log_uniform(d_model, *STEP_RANGE).log())
         self.D = nn.Parameter(torch.randn(d_model))
         self.output = GatedOutput(d_model)
@@ -104,18 +108,27 @@ def first_rates(init: Rates, state_dim: int) -> tuple[Float[Tensor, " m"], Float
         case "inv":
             return half, state_dim / math.pi * (state_dim / (2 * n + 1) - 1)
         case "legs":
-            return half, _legs_frequencies(state_dim)
+            return half, _legs_modes(state_dim)[0]
         case "real":
             return -1 - n, torch.zeros_like(n)
 
 
-def _legs_frequencies(state_dim: int) -> Float[Tensor, " m"]:
-    """Positive imaginary parts of the eigenvalues of HiPPO-LegS's normal part, ascending.
+def first_sizes(init: Rates, state_dim: int) -> Float[Tensor, " m"]:
+    """Root mean squares of a channel's first C: |B| of the modes."""
+    return _legs_modes(state_dim)[1] if init == "legs" else torch.ones(state_dim // 2)
+
+
+def _legs_modes(state_dim: int) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
+    """Frequencies of HiPPO-LegS's normal part, ascending, and |B| of each mode.
 
     That matrix is `A + P P^T`, with `P_n = sqrt(n + 1/2)`: -1/2 on the diagonal, and beside it
-    `-P_n P_k` below and `P_n P_k` above, which is skew-symmetric.
+    `-P_n P_k` below and `P_n P_k` above, which is skew-symmetric. Frequencies are the positive
+    imaginary parts of its eigenvalues. HiPPO's B is `sqrt(2) P`; without the low-rank part half of
+    it drives the modes, by as much as it has of each eigenvector.
     """
     p = (torch.arange(state_dim, dtype=torch.float64) + 0.5).sqrt()
     below = torch.outer(p, p).tril(-1)
-    skew = below.mT - below
-    return torch.linalg.eigvalsh(skew * 1j)[state_dim // 2 :].float()
+    frequencies, vectors = torch.linalg.eigh((below.mT - below) * 1j)
+    parts = (vectors.mH @ (0.5**0.5 * p).to(vectors)).abs()
+    modes = slice(state_dim // 2, None)
+    return frequencies[modes].float(), parts[modes].float()

@@ -21,9 +21,10 @@ class ConvState(NamedTuple):
     default={"conv_size": 4}, pointwise={"conv_size": 1}, biased={"conv_size": 3, "bias": True}
 )
 class ShortConvolution(Layer):
-    """`y_t = sum_j w_j * x_{t - conv_size + 1 + j}` per channel, zeros before the start.
+    """`y_t = sum_j w_j * x_{t-W+1+j}` per channel, j = 0 .. W - 1, zeros before the start.
 
-    The last tap meets the current token, as in PyTorch's Conv1d.
+    Taps stand in the order of time, as in PyTorch's Conv1d: the last of the W = `conv_size`, which
+    is the last column of `weight` `[D, W]`, is that of the current token.
 
     A matrix memory without it cannot shift a key onto its value; see "Zoology" (arXiv 2312.04927)
     and the ablations of "Gated Delta Networks" (arXiv 2412.06464).

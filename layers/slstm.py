@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layers.matrix_memory import head_size
-from layers.norm import RMSNorm
 from layers.precision import at_least_fp32
-from layers.protocol import Layer, Output, Policy
+from layers.protocol import Layer, Output, Policy, require_at_least
 from layers.registry import register
 from layers.short_convolution import ConvState, ShortConvolution
 from ops.lstm import LSTMState, lstm
@@ -54,14 +53,15 @@ class SLSTM(Layer):
 
         c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(z),    h_t = sigmoid(o) tanh(c_t)
 
-    and the output is `W_o RMSNorm(h_t)`, normalised per head. Gates depend on h, so the layer
-    can follow a state, such as parity, that memories which only decay cannot; for the same reason
-    its time is a loop over tokens.
+    and the output is `W_o GroupNorm(h_t)`: mean and variance of each head, a weight per unit and no
+    bias, as in the released code. Gates depend on h, so the layer can follow a state, such as
+    parity, that memories which only decay cannot; for the same reason its time is a loop over
+    tokens.
 
     Args:
         d_model: width D.
         heads: H; default 4.
-        head_dim: width K of a head; default D / H.
+        head_dim: width K of a head, 2 or more; default D / H.
         cell: "slstm" (default) or "lstm".
         conv_size: taps of the short convolution before the gates i and f; default 4.
 
@@ -69,11 +69,11 @@ class SLSTM(Layer):
 
     Where we differ: the layer is what the paper's block holds up to its per-head norm, then an
     output projection; the up-projection after it is the model's feed-forward layer. The maps W are
-    full. Forget biases start evenly spaced from 1 to 6 over the units of each head, the other
-    biases at 0, and R small.
+    full, where the released code's are one block a head. Forget biases start evenly spaced from 1
+    to 6 over the units of each head, the other biases at 0, and R small.
 
     Raises:
-        ValueError: heads that do not divide the width.
+        ValueError: heads that do not divide the width, or heads of one unit.
     """
 
     policies: ClassVar[Mapping[str, Policy]] = {"bias": Policy(decays=False)}
@@ -89,6 +89,7 @@ class SLSTM(Layer):
     ) -> None:
         super().__init__()
         width = head_size(d_model, heads) if head_dim is None else head_dim
+        require_at_least(2, head_dim=width)  # of one unit the norm leaves nothing
         self.cell, self.heads = cell, heads
         self.conv = ShortConvolution(d_model, conv_size=conv_size)
         self.gate_proj = nn.Linear(d_model, 2 * heads * width, bias=False)
@@ -98,7 +99,7 @@ class SLSTM(Layer):
         bias = torch.zeros(4, heads, width)
         bias[1] = torch.linspace(*FORGET_BIAS, width)
         self.bias = nn.Parameter(bias)
-        self.norm = RMSNorm(width)
+        self.norm = nn.GroupNorm(heads, heads * width, bias=False)
         self.out_proj = nn.Linear(heads * width, d_model, bias=False)
 
     def forward(self, x: Float[Tensor, "b t d"], state: RecurrentState | None = None) -> Output:
@@ -108,10 +109,9 @@ class SLSTM(Layer):
         gates = torch.cat((self.gate_proj(F.silu(local)), self.in_proj(x)), dim=-1)
         gates = rearrange(gates, "b t (g h k) -> b t g h k", g=4, h=self.heads)
         h, cell = self.recur(gates, state.cell)
-        h = self.norm(h.to(self.out_proj.weight.dtype))
-        return Output(
-            self.out_proj(rearrange(h, "b t h k -> b t (h k)")), RecurrentState(cell, conv)
-        )
+        h = rearrange(h.to(self.out_proj.weight.dtype), "b t h k -> (b t) (h k)")
+        y = self.norm(h).unflatten(0, x.shape[:2])  # a token is a sample of its own
+        return Output(self.out_proj(y), RecurrentState(cell, conv))
 
     def recur(
         self, gates: Float[Tensor, "b t 4 h k"], cell: Any

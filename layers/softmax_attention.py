@@ -116,6 +116,12 @@ class SoftmaxAttention(Layer):
         """An empty cache."""
         return self._empty(batch_size, like=self.kv_proj.weight)
 
+    def state_spec(self) -> KVCache:
+        """Any number of tokens, or those that the next one still sees."""
+        spec = super().state_spec()
+        most = None if self.window is None else self.window - 1
+        return spec._replace(k=spec.k.growing(most), v=spec.v.growing(most))
+
     def state_size(self, seq_len: int) -> int:
         """Keys and values of the tokens still visible, and the position."""
         tokens = seq_len if self.window is None else min(seq_len, self.window - 1)

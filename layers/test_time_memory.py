@@ -23,6 +23,7 @@ from layers.test_time_parts import (
     Forgetting,
     Learner,
     PolynomialFeatures,
+    Readout,
 )
 from ops.test_time import (
     MLP,
@@ -49,6 +50,7 @@ from ops.test_time import (
 )
 
 KEEP_RANK = 32  # of the map that makes a decay per channel, as in Miras (arXiv 2504.13173)
+TTT_NORM_EPS = 1e-6  # of the norm over the model's width, in the code of TTT
 LIMIT_BIAS = 0.5413  # softplus of it is 1: errors are limited to a root mean square of 1 at first
 
 
@@ -73,7 +75,7 @@ class TestTimeState(NamedTuple):
         "heads": 1,
         "memory": MLP(depth=3, expand=1, activation="silu"),
         "retention": Forgetting("none"),
-        "output_gate": False,
+        "readout": Readout(gate=False),
         "features": Features(conv_size=1),
     },
     average={
@@ -82,6 +84,7 @@ class TestTimeState(NamedTuple):
         "retention": Forgetting("none"),
         "learner": Learner(update="average", momentum=False, max_step=0.1),
         "features": Features(conv_size=1, silu=False, normalize=False, rope="chunk"),
+        "readout": Readout("model", gate=False),
         "chunk_size": 8,
     },
     once_a_chunk={
@@ -89,8 +92,8 @@ class TestTimeState(NamedTuple):
         "memory": SwiGLU(),
         "objective": DotProduct(),
         "retention": Forgetting("none", boundary=RowNorm()),
-        "learner": Learner(update="chunk", step_per_map=True),
-        "features": Features(conv_size=1, rope="sequence"),
+        "learner": Learner(update="chunk", step_per_map=True, orthogonal="scheduled"),
+        "features": Features(conv_size=1, affine=True, rope="sequence"),
         "chunk_size": 8,
         "read_before": True,
     },
@@ -155,7 +158,8 @@ class TestTimeMemory(Memory):
       the memory is one of slots, whose codes have one number per slot;
     * gates: theta, alpha, eta and the others are functions of a linear map of the token whose
       weights start at zero; what follows the map is in fp32;
-    * output: RMSNorm per head, times `silu(W_g x_t)`, then the output projection.
+    * output: RMSNorm per head, times `silu(W_g x_t)`, or as `readout` says, then the output
+      projection.
 
     Args:
         d_model: width D.
@@ -168,7 +172,7 @@ class TestTimeMemory(Memory):
             to the function, except with `learner.anchor="token"`. Chunks stand at absolute places.
         read_before: read the weights of the chunk's start, not the token's own; default False.
         features: how q, k and v are made.
-        output_gate: multiply the output by `silu(W_g x)`; default True.
+        readout: norm and gate of what is read; default RMSNorm per head and a gate.
         recompute: compute groups of chunks again in the backward pass instead of keeping what is
             inside them; default False.
 
@@ -201,7 +205,7 @@ class TestTimeMemory(Memory):
         chunk_size: int = 16,
         read_before: bool = False,
         features: Features = Features(),  # noqa: B008
-        output_gate: bool = True,
+        readout: Readout = Readout(),  # noqa: B008
         recompute: bool = False,
     ) -> None:
         super().__init__()
@@ -209,6 +213,7 @@ class TestTimeMemory(Memory):
         if d_model % heads:
             raise ValueError(f"heads ({heads}) must divide d_model ({d_model})")
         self.heads, self.features, self.recompute = heads, features, recompute
+        self.readout = readout
         self.retention, self.learner = retention, learner
         self.rule = Rule(
             memory=memory,
@@ -231,13 +236,19 @@ class TestTimeMemory(Memory):
         keys = heads * self.key_dim
         self.qkv_proj = nn.Linear(d_model, 2 * keys + d_model, bias=False)
         self.conv = ShortConvolution(2 * keys + d_model, conv_size=features.conv_size)
+        self.qk_scale = self.qk_offset = None
+        if features.affine:
+            self.qk_scale = nn.Parameter(torch.ones(2 * keys))
+            self.qk_offset = nn.Parameter(torch.zeros(2 * keys))
         self.expand = None
         if features.degree > 1:
             self.expand = PolynomialFeatures(self.key_dim, features.degree)
         self._make_fast_weights(memory)
         self._make_gates(d_model)
-        self.gate_proj = nn.Linear(d_model, d_model, bias=False) if output_gate else None
-        self.norm = RMSNorm(self.value_dim)
+        self.gate_proj = nn.Linear(d_model, d_model, bias=False) if readout.gate else None
+        self.norm: RMSNorm | nn.LayerNorm = RMSNorm(self.value_dim)
+        if readout.norm == "model":
+            self.norm = nn.LayerNorm(d_model, eps=TTT_NORM_EPS)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 
     def forward(self, x: Float[Tensor, "b t d"], state: TestTimeState | None = None) -> Output:
@@ -281,6 +292,15 @@ class TestTimeMemory(Memory):
             self.conv.init_state(batch_size),
             (positions,) if self.features.rope == "sequence" else (),
         )
+
+    def state_spec(self) -> TestTimeState:
+        """A place in the chunk, and as many recent tokens as the window holds, or fewer."""
+        spec, rule = super().state_spec(), self.rule
+        fast = spec.fast._replace(
+            recent=tuple(tokens.growing(rule.window - 1) for tokens in spec.fast.recent),
+            offset=spec.fast.offset.growing(rule.chunk - 1),
+        )
+        return spec._replace(fast=fast)
 
     def state_size(self, seq_len: int) -> int:
         """Constant, but for the window's tokens at the start."""
@@ -388,6 +408,12 @@ class TestTimeMemory(Memory):
         return q, k, self._heads(v)
 
     def _activated(self, x: Tensor) -> Tensor:
+        """Queries, keys and values, or queries alone, before they are heads."""
+        if self.qk_scale is not None and self.qk_offset is not None:
+            after = (0, self.heads * self.value_dim)  # values stay as they are
+            scale, offset = F.pad(self.qk_scale, after, value=1.0), F.pad(self.qk_offset, after)
+            width = x.shape[-1]
+            x = (x * scale[:width] + offset[:width]).to(x.dtype)
         return F.silu(x) if self.features.silu else x
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -414,8 +440,12 @@ class TestTimeMemory(Memory):
         return xs if self.expand is None else [self.expand(x) for x in xs]
 
     def _answer(self, y: Tensor, x: Tensor) -> Tensor:
-        """What was read `[B, T, H, V]` as an output: normalised per head, gated by `x`, mixed."""
-        y = rearrange(self.norm(y.to(self.norm.weight.dtype)), "b t h v -> b t (h v)")
+        """What was read `[B, T, H, V]` as an output: normalised, gated by `x`, mixed."""
+        y = y.to(self.norm.weight.dtype)
+        if self.readout.norm == "model":
+            y = self.norm(rearrange(y, "b t h v -> b t (h v)"))
+        else:
+            y = rearrange(self.norm(y), "b t h v -> b t (h v)")
         if self.gate_proj is not None:
             y = y * F.silu(self.gate_proj(x))
         return self.out_proj(y)

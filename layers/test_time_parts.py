@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from layers.protocol import require_at_least
-from ops.test_time import MLP, Boundary, MemoryNetwork
+from ops.test_time import MLP, Boundary, MemoryNetwork, Orthogonal
 from ops.test_time.choices import require_one_of
 
 DEEP_STEP = 0.002  # with maps between hidden layers: 0.01 and more is chaotic at initialisation
@@ -27,6 +27,8 @@ class Features:
 
     Args:
         conv_size: taps of the short causal convolution over q, k and v; default 4; 1 for none.
+        affine: a learned scale and offset of each channel of q and k before SiLU, one and zero at
+            the start (LaCT, arXiv 2505.23884); default False.
         silu: SiLU on q, k and v after the convolution; default True.
         normalize: give q and k norm one; default True. Steps are bounded for such keys.
         rope: rotary positions of q and k: None (default), "sequence", or "chunk", the position
@@ -37,6 +39,7 @@ class Features:
     """
 
     conv_size: int = 4
+    affine: bool = False
     silu: bool = True
     normalize: bool = True
     rope: Literal["sequence", "chunk"] | None = None
@@ -87,7 +90,8 @@ class Learner:
         update: "token" (default), "average" or "chunk"; see `ops.test_time.Rule`.
         anchor: "chunk" (default) or "token": where gradients are taken.
         window: c, tokens whose loss each step reduces, weighted by learned gates; default 1.
-        orthogonal: Newton-Schulz on each update (update="chunk" only); default False.
+        orthogonal: Newton-Schulz on each update (update="chunk" only): True, with Muon's
+            coefficients; "scheduled", with LaCT's, which differ from step to step; default False.
         outer_step: multiply the update by the chunk's mean step, after that; default False.
     """
 
@@ -99,7 +103,7 @@ class Learner:
     update: Literal["token", "average", "chunk"] = "token"
     anchor: Literal["chunk", "token"] = "chunk"
     window: int = 1
-    orthogonal: bool = False
+    orthogonal: Orthogonal = False
     outer_step: bool = False
 
     def __post_init__(self) -> None:
@@ -119,6 +123,25 @@ class Learner:
             return 1.0 / chunk_size
         deep = isinstance(memory, MLP) and memory.depth > 2
         return DEEP_STEP if deep else NORMALIZED_STEP
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What becomes of what a token reads, before the output projection.
+
+    Args:
+        norm: "head" (default): RMSNorm of each head, with weights that all heads share; "model":
+            LayerNorm of all heads together, with a weight and a bias per channel (TTT, arXiv
+            2407.04620).
+        gate: multiply by `silu(W_g x)`; default True.
+    """
+
+    norm: Literal["head", "model"] = "head"
+    gate: bool = True
+
+    def __post_init__(self) -> None:
+        """Checks the norm."""
+        require_one_of(("head", "model"), norm=self.norm)
 
 
 def _monomials(width: int, degree: int) -> list[tuple[int, ...]]:

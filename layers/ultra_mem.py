@@ -135,9 +135,9 @@ class UltraMemV2(Layer):
         z = sum_j s_j (P[I_j] . W_pre x) V[I_j]
         y = W_out z
 
-    Selecting the best k is all there is of a nonlinearity. Expansion is sharing of keys here:
-    sqrt(E) sub-keys of each side for every one of the table make E virtual slots of each row, all
-    with the same projection.
+    Selecting the best k is all there is of a nonlinearity. Expansion is sharing of keys here, as in
+    the released code: sqrt(E) sub-keys of each side for every one of the table make E virtual slots
+    of each row, all with the same projection.
 
     Args:
         d_model: width D.
@@ -155,7 +155,12 @@ class UltraMemV2(Layer):
     V such that the output has the variance of that of a `SwiGLU` (`matched_std`).
 
     Where we differ: the paper's feed-forward starts with other variances than `SwiGLU`, and its
-    division by the depth is left to the model, which divides every `out_proj`.
+    division by the depth is left to the model, which divides every `out_proj`. Layers share their
+    tables or none, where the paper's blocks read those of their neighbours on a ring. The released
+    code matches no variances: there P and V are N(0, 0.02^2), W_pre N(0, 1/D), W_out N(0,
+    1/value_dim), and the scales of both norms (key_dim / 2)^-0.4. It has two cores for each head,
+    and its balance loss counts the k best rows and columns by themselves, ours those of the k best
+    pairs.
     """
 
     def __init__(

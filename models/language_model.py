@@ -28,12 +28,13 @@ from layers import (
 )
 from layers.hierarchical_ffn import shape_of
 from layers.norm import RMSNorm
+from layers.state_fit import Stateful
 from layers.table import NamedTables
 
 EMBEDDING_STD = 0.02  # GPT-2's; with a tied head it keeps the first logits near zero
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Stateful):
     """Maps tokens to logits through residual layers, with the state of all of them carried.
 
     Block `i` is `pattern[i % len(pattern)]`, a list of layers each applied as
@@ -100,6 +101,9 @@ class LanguageModel(nn.Module):
             tokens: `[B, T]`.
             state: where an earlier call ended; None for the start of a sequence.
             keep_state: return the state; training without it frees what only the state would hold.
+
+        Raises:
+            ValueError: the state is not one of this model, or of another number of sequences.
         """
         x = self.dropout(self.embedding(tokens))
         states = (None,) * len(self.blocks) if state is None else state
@@ -129,6 +133,10 @@ class LanguageModel(nn.Module):
         if self.bank is not None and route is not None:
             fetched = Fetched(self.bank.fetch(route))
         return tuple(start_state(block, batch_size, fetched) for block in self.blocks)
+
+    def state_spec(self) -> State:
+        """What fits each block."""
+        return tuple(self.blocks)
 
     def use_bank(self, bank: Bank) -> None:
         """Reads another bank from now on, such as one that lies on disk (`models.bank`).

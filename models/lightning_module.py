@@ -92,9 +92,7 @@ class SequenceModule(LightningModule):
         self.tokens += batch.inputs.numel() * self.trainer.world_size
         state = state_before(self.model, batch)
         logits, _, aux = self.model(batch.inputs, state, keep_state=False)
-        task_loss = F.cross_entropy(
-            logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE
-        )
+        task_loss = mean_loss(logits, batch.targets)
         loss = task_loss + sum(value for name, value in aux.items() if is_loss(name))
         if not loss.isfinite():
             raise NonFiniteError(
@@ -209,6 +207,17 @@ def state_before(model: LanguageModel, batch: Batch) -> State:
     device, count = next(model.parameters()).device, len(batch.inputs)
     route = torch.full((count,), GENERIC) if batch.route is None else batch.route
     return model.init_state(count, route.to(device))
+
+
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy of the scored positions in nats; 0 where none is scored.
+
+    Args:
+        logits: `[B, T, V]`.
+        targets: `[B, T]`, `IGNORE` where unscored.
+    """
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    return torch.where((targets != IGNORE).any(), loss, 0.0)  # a mean over nothing is not a number
 
 
 def _reseed(device: torch.device, seed: int) -> None:

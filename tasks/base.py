@@ -105,6 +105,11 @@ class Task(LightningDataModule, ABC):
         """What `monitor` is for solvers that anyone can name, to hold a model's score against."""
         return {"guessing": self.guess_level}
 
+    @property
+    def remark(self) -> str:
+        """What a reader of the scores has to know, in one line; often nothing."""
+        return ""
+
     def facts(self) -> Facts:
         """What to record with a run, so that its numbers can be read later."""
         return {

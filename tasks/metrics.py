@@ -203,9 +203,14 @@ class TextMetrics(Metrics):
     `compute` gives `loss` (nats per token), `perplexity` (per token: comparable only between
     models with the same tokenizer), `bits_per_byte` (comparable between any), `tokens` and
     `bytes`. The end-of-document token is charged for like any other and stands for no byte.
+
+    Args:
+        lossless: whether the bytes of tokens are those of the text. If not, `bits_per_byte` and
+            `bytes` are left out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, lossless: bool = True) -> None:
+        self.lossless = lossless
         self.totals = torch.zeros(3, dtype=torch.float64)  # nll, tokens, bytes
 
     def update(self, logits: Tensor, batch: Batch) -> None:
@@ -219,13 +224,15 @@ class TextMetrics(Metrics):
         """The metrics of everything counted so far, by flat name."""
         nll, tokens, size = self.totals.tolist()
         _require_tokens(tokens)
-        return {
+        metrics = {
             "loss": nll / tokens,
             "perplexity": torch.tensor(nll / tokens).exp().item(),  # inf, not an error, if large
             "bits_per_byte": nll / (math.log(2) * size) if size else math.inf,
             "tokens": tokens,
             "bytes": size,
         }
+        withheld = () if self.lossless else ("bits_per_byte", "bytes")
+        return {name: value for name, value in metrics.items() if name not in withheld}
 
     def state(self) -> Tensor:
         """A copy of the sums: one float64 vector, laid out alike on every rank."""

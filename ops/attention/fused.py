@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ops.nothing import accepts_nothing
+
 # Queries a block. A block of b reads b + window keys of which a query sees `window`, so larger
 # blocks than the window waste work, and very small ones are all overhead.
 _LEAST_BLOCK, _LARGEST_BLOCK = 64, 512
@@ -33,6 +35,7 @@ def _check(q: Tensor, k: Tensor, window: int | None, prefix: int) -> None:
         )
 
 
+@accepts_nothing("q", "k", "v")
 def attention(
     q: Float[Tensor, "B T H D"],
     k: Float[Tensor, "B S Hkv D"],
@@ -67,8 +70,6 @@ def attention(
     """
     _check(q, k, window, prefix)
     tokens, length = q.shape[1], k.shape[1] - prefix
-    if tokens == 0:
-        return v.new_empty(*q.shape[:3], v.shape[-1])
     past, window = length - tokens, length if window is None else min(window, length)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if past == prefix == 0 and window == length:

@@ -7,7 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ops.nothing import accepts_nothing
 
+
+@accepts_nothing("q", "k", "v")
 def attention_naive(
     q: Float[Tensor, "B T H D"],
     k: Float[Tensor, "B S Hkv D"],

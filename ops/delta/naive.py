@@ -7,9 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ops.nothing import accepts_nothing
 from ops.precision import without_autocast
 
 
+@accepts_nothing("q", "k", "v", "beta")
 @without_autocast
 def delta_naive(
     q: Float[Tensor, "B T H K"],

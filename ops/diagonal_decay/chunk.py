@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ops.diagonal_decay.segment import Segment
+from ops.nothing import accepts_nothing
 from ops.precision import without_autocast
 from ops.tiling import Tiling
 
@@ -82,6 +83,7 @@ def check_chunk_size(chunk_size: int) -> None:
         raise ValueError(f"chunk_size is {chunk_size}; it must be a power of two")
 
 
+@accepts_nothing("q", "k", "v", "g")
 @torch.compiler.disable
 @without_autocast
 def diagonal_decay_chunk(

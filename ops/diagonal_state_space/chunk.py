@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ops.diagonal_state_space.hold import zero_order_hold
+from ops.nothing import accepts_nothing
 from ops.precision import without_autocast
 
 # Inputs of the channels that are worked together: their tiles stay in cache from one product to
@@ -184,6 +185,7 @@ def check(x: Tensor, A: Tensor, B: Tensor, C: Tensor, step: Tensor, chunk_size: 
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
 
 
+@accepts_nothing("x")
 @torch.compiler.disable
 @without_autocast
 def diagonal_state_space_chunk(

@@ -9,9 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ops.diagonal_state_space.hold import zero_order_hold
+from ops.nothing import accepts_nothing
 from ops.precision import without_autocast
 
 
+@accepts_nothing("x")
 @without_autocast
 def diagonal_state_space_naive(
     x: Float[Tensor, "B T D"],

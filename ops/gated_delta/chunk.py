@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ops.nothing import accepts_nothing
 from ops.precision import without_autocast
 from ops.tiling import Tiling
 from ops.triangular import inverse_of_one_minus
@@ -271,6 +272,7 @@ def check_chunk_size(chunk_size: int) -> None:
         raise ValueError(f"chunk_size is {chunk_size}; it must be a power of two, at least 4")
 
 
+@accepts_nothing("q", "k", "v", "g", "beta")
 @torch.compiler.disable
 @without_autocast
 def gated_delta_chunk(

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ops.nothing import in_graph_of
 from ops.precision import without_autocast
 
 State: TypeAlias = tuple[Float[Tensor, "B H F V"], Float[Tensor, "B H F"]]
@@ -61,4 +62,5 @@ def linear_attention_naive(
         s, z = s + torch.einsum("bhf,bhv->bhfv", k_t, v_t), z + k_t
         weight = torch.einsum("bhf,bhf->bh", z, q_t)[..., None]
         out.append(torch.einsum("bhfv,bhf->bhv", s, q_t) / (weight + eps))
-    return torch.stack(out, 1).to(v.dtype), (s, z)
+    y = torch.stack(out, 1).to(v.dtype) if out else in_graph_of(v, q, k, s, z)
+    return y, (s, z)

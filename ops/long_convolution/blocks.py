@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.fft import irfft, rfft
 from torch.nn.functional import pad
 
+from ops.long_convolution.naive import long_convolution_naive
 from ops.precision import without_autocast
 
 _DIRECT = 128  # tokens of the smallest blocks, which are multiplied by a Toeplitz matrix
@@ -182,6 +183,8 @@ def long_convolution_blocks(
         ValueError: If `kernel` or `state` does not fit `x`.
     """
     check(x, kernel, state)
+    if not x.numel():
+        return long_convolution_naive(x, kernel, state)
     history = x if state is None else torch.cat((state.to(x.dtype), x), 1)
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = _LongConvolution.apply(history, kernel.to(dtype), x.shape[1])

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ops.nothing import in_graph_of
 from ops.precision import without_autocast
 
 
@@ -45,4 +46,5 @@ def long_convolution_naive(
     for stop in range(history.shape[1] - tokens + 1, history.shape[1] + 1):
         seen = min(stop, taps)
         out.append((inputs[:, stop - seen : stop] * newest_last[taps - seen :]).sum(1))
-    return torch.stack(out, 1).to(x.dtype), history[:, max(0, history.shape[1] - taps + 1) :]
+    y = torch.stack(out, 1).to(x.dtype) if out else in_graph_of(x, history, kernel)
+    return y, history[:, max(0, history.shape[1] - taps + 1) :]

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ops.nothing import accepts_nothing
 from ops.precision import without_autocast
 
 
@@ -24,6 +25,7 @@ class LSTMState(NamedTuple):
     c: Tensor
 
 
+@accepts_nothing("wx")
 @without_autocast
 def lstm_naive(
     wx: Float[Tensor, "B T 4 H D"],

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ops.nothing import accepts_nothing
 from ops.precision import without_autocast
 from ops.scalar_decay.decay import Decay
 from ops.scalar_decay.naive import heads_per_group
@@ -240,6 +241,7 @@ def check_chunk_size(chunk_size: int) -> None:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
 
 
+@accepts_nothing("q", "k", "v", "g")
 @torch.compiler.disable
 @without_autocast
 def scalar_decay_chunk(

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ops.nothing import accepts_nothing
 from ops.precision import without_autocast
 
 
@@ -20,6 +21,7 @@ def heads_per_group(groups: int, heads: int) -> int:
     return heads // groups
 
 
+@accepts_nothing("q", "k", "v", "g")
 @without_autocast
 def scalar_decay_naive(
     q: Float[Tensor, "B T G K"],

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ops.nothing import accepts_nothing
 from ops.precision import without_autocast
 
 # Numbers of one tensor of a chunk. What a chunk touches is to stay in the second-level cache, and
@@ -170,6 +171,7 @@ def check_shapes(x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor) -> No
             )
 
 
+@accepts_nothing("x", "step", "B", "C")
 @torch.compiler.disable
 @without_autocast
 def selective_scan_chunk(

@@ -7,9 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ops.nothing import accepts_nothing
 from ops.precision import without_autocast
 
 
+@accepts_nothing("x", "step", "B", "C")
 @without_autocast
 def selective_scan_naive(
     x: Float[Tensor, "B T D"],

@@ -7,7 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ops.nothing import accepts_nothing
 
+
+@accepts_nothing("x")
 def short_convolution_naive(
     x: Float[Tensor, "B T D"],
     weight: Float[Tensor, "D W"],

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ops.nothing import accepts_nothing
 from ops.precision import without_autocast
 
 
@@ -32,6 +33,7 @@ class SLSTMState(NamedTuple):
     m: Tensor
 
 
+@accepts_nothing("wx")
 @without_autocast
 def slstm_naive(
     wx: Float[Tensor, "B T 4 H D"],

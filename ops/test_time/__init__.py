@@ -5,7 +5,15 @@ from torch import Tensor
 
 from ops.precision import without_autocast
 from ops.registry import Op
-from ops.test_time.boundary import Boundary, LqNorm, RowNorm, Softmax, UnitSlots, newton_schulz
+from ops.test_time.boundary import (
+    Boundary,
+    LqNorm,
+    Orthogonal,
+    RowNorm,
+    Softmax,
+    UnitSlots,
+    newton_schulz,
+)
 from ops.test_time.chunk import Watch
 from ops.test_time.chunk import memorize_chunked as memorize
 from ops.test_time.examples import REGIMES, flops, inputs
@@ -35,6 +43,7 @@ __all__ = [
     "Matrix",
     "MemoryNetwork",
     "Objective",
+    "Orthogonal",
     "RowNorm",
     "Rule",
     "Slots",

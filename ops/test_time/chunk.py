@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ops.nothing import accepts_nothing
 from ops.precision import without_autocast
 from ops.test_time.engine import Carried, Engine, Tiles
 from ops.test_time.memories import Head
@@ -29,6 +30,7 @@ _RUN_NUMBERS = 2**17
 Watch = Callable[[str, Tensor], None]
 
 
+@accepts_nothing("q", "k", "v", "gates")
 @torch.compiler.disable
 @without_autocast
 def memorize_chunked(

@@ -228,7 +228,7 @@ class Engine:
                 momentum = _each(lambda s, p: torch.addcmul(p, s, mean), momentum, c.pending)
             steps = momentum or c.pending
             if rule.orthogonal:
-                steps = _each(newton_schulz, steps)
+                steps = tuple(newton_schulz(s, rule.orthogonal) for s in steps)
             if rule.outer_step:
                 steps = tuple(s * (step / rule.chunk) for s in steps)
             weights = _each(lambda w, s: torch.addcmul(s, w, log_keep.exp()), weights, steps)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ops.nothing import accepts_nothing
 from ops.precision import without_autocast
 from ops.test_time.boundary import newton_schulz
 from ops.test_time.memories import Head, Slots
@@ -20,6 +21,7 @@ from ops.test_time.rule import FastWeights, Gates, Rule, Slow
 Weights = tuple[Tensor, ...]
 
 
+@accepts_nothing("q", "k", "v", "gates")
 @without_autocast
 def memorize_naive(
     q: Tensor,
@@ -227,7 +229,7 @@ class _Loop:
                 )
             steps = self.momentum or self.pending
             if rule.orthogonal:
-                steps = tuple(newton_schulz(s) for s in steps)
+                steps = tuple(newton_schulz(s, rule.orthogonal) for s in steps)
             rho = step / rule.chunk if rule.outer_step else 1.0
             self.weights = tuple(
                 keep.exp() * w + rho * s for w, s in zip(self.weights, steps, strict=True)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.test_time.boundary import Boundary, LqNorm, UnitSlots
+from ops.test_time.boundary import Boundary, LqNorm, Orthogonal, UnitSlots
 from ops.test_time.choices import require_one_of
 from ops.test_time.memories import MLP, MemoryNetwork, Slots
 from ops.test_time.objectives import Objective, SquaredError
@@ -97,7 +97,8 @@ class Rule:
         anchor: "chunk", gradients at the chunk's start; "token", at the weights before the token
             (matrix memories with squared error only), where C is a tiling choice.
         momentum: whether updates accumulate in a momentum.
-        orthogonal: Newton-Schulz on each update (update="chunk" only).
+        orthogonal: Newton-Schulz on each update (update="chunk" only); see `newton_schulz` for what
+            True and "scheduled" are.
         outer_step: multiply each update by the chunk's mean step, after Newton-Schulz.
         window: c, tokens whose loss each step reduces.
         read_before: read the weights of the chunk's start rather than those after the token's
@@ -112,7 +113,7 @@ class Rule:
     decay: Decay = "head"
     anchor: Anchor = "chunk"
     momentum: bool = True
-    orthogonal: bool = False
+    orthogonal: Orthogonal = False
     outer_step: bool = False
     window: int = 1
     read_before: bool = False
@@ -126,6 +127,7 @@ class Rule:
         require_one_of(get_args(Update), update=self.update)
         require_one_of(get_args(Decay), decay=self.decay)
         require_one_of(get_args(Anchor), anchor=self.anchor)
+        require_one_of((True, False, "scheduled"), orthogonal=self.orthogonal)
         for wrong, message in self._conflicts():
             if wrong:
                 raise ValueError(message)
@@ -151,7 +153,7 @@ class Rule:
                 "at the boundary",
             ),
             (chunkwise and not self.read_before, "update='chunk' needs reads before the write"),
-            (self.orthogonal and not chunkwise, "orthogonal updates need update='chunk'"),
+            (bool(self.orthogonal) and not chunkwise, "orthogonal updates need update='chunk'"),
             (self.outer_step and not chunkwise, "an outer step needs update='chunk'"),
             (not linear, f"{type(self.boundary).__name__} needs reads before the write"),
             (not unit, "slot memories and UnitSlots need each other"),

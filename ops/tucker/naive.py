@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ops.nothing import in_graph_of
 from ops.tucker.leading import Leading, leading_vectors
 
 
@@ -51,6 +52,9 @@ def tucker_topk_naive(
         best = grids.sum(0).flatten().topk(k).indices
         scores.append(grids.flatten(1)[:, best])
         pairs.append(i[best // side] * n + j[best % side])
+    if not scores:
+        none = rows.new_empty(*lead, len(cores), k)
+        return in_graph_of(none, rows, columns, cores), none[..., 0, :].long()
     return (
         torch.stack(scores).view(*lead, len(cores), k).to(rows.dtype),
         torch.stack(pairs).view(*lead, k),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layers import Features, TestTimeMemory
+from layers import Features, Readout, TestTimeMemory
 from ops import OPS
 from ops.test_time import Rule
 from scripts.benchmarks import measure
@@ -48,7 +48,7 @@ def layer(peer: str, chunk: int) -> nn.Module:
             heads=HEADS,
             chunk_size=chunk,
             features=alone,
-            output_gate=False,
+            readout=Readout(gate=False),
             recompute="recomputed" in peer,
         )
     from titans_pytorch import MemoryMLP, NeuralMemory  # type: ignore[import-untyped]

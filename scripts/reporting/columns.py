@@ -69,7 +69,7 @@ def default_columns(runs: Sequence[Run], split: Split | None) -> list[Column]:
     Raises:
         ReportError: no run was evaluated on the test split, if that is asked for.
     """
-    monitors = dict.fromkeys(run.task.monitor for run in runs if run.task)
+    monitors = dict.fromkeys(run.monitor for run in runs if run.monitor)
     if split == "test":
         metrics = chosen_columns([f"eval:{monitor}@1x" for monitor in monitors], runs, split)
     else:

@@ -135,9 +135,7 @@ def _notes(
 
 
 def _best(run: Run) -> str:
-    if run.task is None or not run.best:
-        return ""
-    return f" ({run.task.monitor} {number(run.best[f'val/{run.task.monitor}'])})"
+    return f" ({run.monitor} {number(run.best_value)})" if run.best else ""
 
 
 def _evaluated_differently(

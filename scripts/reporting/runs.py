@@ -79,12 +79,22 @@ class Run:
         assert issubclass(cls, Task)
         return cls
 
+    @property
+    def monitor(self) -> str | None:
+        """The metric by which best.ckpt is kept; None without a task."""
+        return None if self.task is None else str(self.summary.get("monitor", self.task.monitor))
+
+    @property
+    def best_value(self) -> float:
+        """The monitored metric at the best validation, of which there is one."""
+        return self.best[f"val/{self.monitor}"]
+
     @cached_property
     def best(self) -> Mapping[str, float]:
         """The validation at which best.ckpt was kept; empty before the first."""
         if self.task is None:
             return {}
-        key, sign = f"val/{self.task.monitor}", {"min": -1, "max": 1}[self.task.monitor_mode]
+        key, sign = f"val/{self.monitor}", {"min": -1, "max": 1}[self.task.monitor_mode]
         rows = [row for row in self.metrics if math.isfinite(row.get(key, math.nan))]
         return max(rows, key=lambda row: sign * row[key], default={})
 
@@ -171,7 +181,7 @@ def _is_run(path: Path) -> bool:
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:
     """Sorts job 10 of a sweep behind job 9."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.parts]
+    return [(0, int(part), part) if part.isdigit() else (1, 0, part) for part in path.parts]
 
 
 def _composed_again(overrides: Sequence[str]) -> tuple[Config, Mapping[str, str]]:

@@ -146,7 +146,7 @@ class Grid:
 def _goodness(run: Run) -> float:
     assert run.task is not None, "a run with a validation has a task"
     sign = {"min": -1, "max": 1}[run.task.monitor_mode]
-    return sign * run.best[f"val/{run.task.monitor}"]
+    return sign * run.best_value
 
 
 def _quoted(text: str) -> str:

@@ -92,6 +92,6 @@ class _Training:
 def _metric(job: Job) -> str:
     """The best validation, by which sweeps are decided."""
     run = read_run(job.path)
-    if run.task is None or not run.best:
+    if not run.best:
         return "no validation that is a number"
-    return f"{run.task.monitor} {number(run.best[f'val/{run.task.monitor}'])}"
+    return f"{run.monitor} {number(run.best_value)}"

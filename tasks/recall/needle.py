@@ -146,9 +146,11 @@ def solve_needle(inputs: Tensor) -> Tensor:
 class Needle(RecallTask):
     """A single needle in a haystack: see `make_needle` for the sequences.
 
-    The small form of RULER's S-NIAH: there a value is one word or number among a sentence that is
-    repeated, here m tokens. m = 1 stands for its pass-key, 7 for a number (seven digits), 32 for
-    a UUID. Differs in that every answer but its first token is given the true tokens before it.
+    The small form of RULER's S-NIAH. Its task with a haystack of noise (five sentences, repeated),
+    S-NIAH-1 or pass-key retrieval, has a number of seven digits as its value: m = 7, a token for
+    each. m = 32 stands for the UUIDs of S-NIAH-3, which hides them in essays; the default m = 1 is
+    easier than either. Differs in that every answer but its first token is given the true tokens
+    before it.
 
     By default each example has its own noise, so that a model cannot know it by heart and has
     to notice while reading that it repeats and is worth no memory. RULER's sentences are always

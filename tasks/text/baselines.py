@@ -1,6 +1,6 @@
-"""How few bits per byte a text takes without any learning: floors that a model must beat.
+"""How little a text takes without any learning: floors that a model must beat.
 
-All figures are bits per byte of the same text that models are scored on.
+All figures are of the same text that models are scored on.
 """
 
 import gzip
@@ -11,23 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def unigram_bits_per_byte(
-    train_counts: Sequence[int], tokens: NDArray[np.integer], token_bytes: NDArray[np.int64]
-) -> float:
+def unigram_nats(train_counts: Sequence[int], tokens: NDArray[np.integer]) -> float:
     """Cost of a text for a guesser that knows only how often each token occurs in training.
 
     Args:
         train_counts: `[V]`; one is added to each, so that an unseen token has a finite cost.
         tokens: `[N]`, the scored text.
-        token_bytes: `[V]`, how many bytes each token stands for.
     """
     counts = np.asarray(train_counts, dtype=np.float64) + 1
-    bits = -np.log2(counts / counts.sum())
-    return float(bits[tokens].sum() / token_bytes[tokens].sum())
+    return float(-np.log(counts / counts.sum())[tokens].sum())
 
 
 def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
-    """Cost of a text for general compressors at their strongest, which see nothing else first.
+    """Bits per byte of a text for general compressors at their strongest, without any other text.
 
     Args:
         text: the scored text, its documents joined without separators.

@@ -1,9 +1,12 @@
 """Where text comes from, which corpus it is, and which files are held out."""
 
+import fnmatch
 import glob
 import hashlib
+import os
 import sysconfig
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -56,7 +59,8 @@ class StandardLibrary(Source):
         """All `.py` files but tests and records of the build, sorted by name."""
         root = Path(sysconfig.get_paths()["stdlib"])
         names = (path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-        return [Document(name, root / name) for name in sorted(filter(_is_library, names))]
+        found = [Document(name, root / name) for name in filter(_is_library, names)]
+        return sorted(document for document in found if document.path.is_file())
 
 
 def _is_library(name: str) -> bool:
@@ -70,10 +74,13 @@ class LocalFiles(Source):
     """Files of this machine.
 
     A document is named relative to the folder of its path, or to the last folder before the
-    first wildcard, so that moving the whole corpus does not change which files are held out.
+    first wildcard, so that moving the whole corpus does not change which files are held out. A
+    file that is found several times, by links too, is one document: under the name that is no
+    link, and of several the first in alphabetical order.
 
     Args:
-        paths: files, or patterns such as `books/**/*.txt`.
+        paths: files, or patterns such as `books/**/*.txt`. Brackets are a set of characters, as in
+            `[0-9]*.txt`, unless a file or folder has just that name.
     """
 
     name = "local_files"
@@ -84,51 +91,103 @@ class LocalFiles(Source):
         self.paths = list(paths)
 
     def documents(self) -> list[Document]:
-        """All matching files, each once, sorted by name."""
-        found = {
-            document.path.resolve(): document
-            for pattern in self.paths
-            for document in _matches(pattern)
-        }
-        return sorted(found.values())
+        """All matching files, each once, sorted by name, and by content where names are alike."""
+        found = {match for pattern in self.paths for match in _matches(pattern)}
+        once: dict[tuple[int, int], Document] = {}
+        for _, document in sorted(found):  # those that are no links come first
+            status = document.path.stat()
+            once.setdefault((status.st_dev, status.st_ino), document)
+        alike = Counter(document.name for document in once.values())
+
+        def order(document: Document) -> tuple[str, bytes]:
+            return document.name, _digest(document) if alike[document.name] > 1 else b""
+
+        return sorted(once.values(), key=order)
 
 
-def _matches(pattern: str) -> list[Document]:
-    """The files one path or pattern stands for."""
+def _matches(pattern: str) -> Iterator[tuple[bool, Document]]:
+    """The files that one path or pattern stands for, and whether each is a link or behind one."""
     path = Path(pattern).expanduser()
     if path.is_dir():
         raise ValueError(f"'{pattern}' is a folder; name its files, as in '{pattern}/**/*.txt'")
-    root = path.parent
-    while glob.has_magic(str(root)):
-        root = root.parent
-    files = [Path(match) for match in glob.glob(str(path), recursive=True)]
-    files = [file for file in files if file.is_file()]
+    fixed = _fixed_part(path)
+    if fixed == path:
+        root, names = path.parent, [path.name]
+    else:
+        root = fixed
+        wanted = path.relative_to(root).as_posix()
+        names = glob.glob(wanted, root_dir=root, recursive=True)
+    files = [name for name in names if (root / name).is_file()]
     if not files:
-        raise ValueError(f"'{pattern}' matches no file (from {Path.cwd()})")
-    return [Document(file.relative_to(root).as_posix(), file) for file in files]
+        hint = "; a bracket that is no set of characters is written [[]" if "[" in pattern else ""
+        raise ValueError(f"'{pattern}' matches no file (from {Path.cwd()}){hint}")
+    for name in files:
+        linked = (root / name).resolve() != root.resolve() / name
+        yield linked, Document(Path(name).as_posix(), root / name)
+
+
+def _fixed_part(path: Path) -> Path:
+    """A path up to the first part that is a pattern."""
+    fixed = Path(path.anchor)
+    for part in path.relative_to(fixed).parts:
+        if glob.has_magic(part) and not _has_just_that_name(fixed / part):
+            return fixed
+        fixed /= part
+    return fixed
+
+
+def _has_just_that_name(path: Path) -> bool:
+    """Whether there is a `[1].txt`, which the pattern `[1].txt` does not match; `*` matches `*`."""
+    return not fnmatch.fnmatchcase(path.name, path.name) and os.path.lexists(path)
+
+
+def _digest(document: Document) -> bytes:
+    """SHA-256 of a document's content."""
+    try:
+        with document.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise _unreadable(document, error) from error
+
+
+def _unreadable(document: Document, error: OSError) -> ValueError:
+    return ValueError(f"cannot read {document.path}: {error.strerror}; leave it out of the corpus")
 
 
 def content_hash(documents: Iterable[Document]) -> str:
     """Identifies a corpus: SHA-256 over the names and contents of its documents, in order."""
     total = hashlib.sha256()
     for document in documents:
-        with document.path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").digest()
-        total.update(document.name.encode() + b"\0" + content)
+        total.update(_as_bytes(document.name) + b"\0" + _digest(document))
     return total.hexdigest()
 
 
 def blocks(document: Document) -> Iterator[str]:
-    """Reads a document as whole lines, about `BLOCK_BYTES` at a time; nothing is translated."""
-    with document.path.open("rb") as file:
-        while lines := file.readlines(BLOCK_BYTES):
-            try:
-                yield b"".join(lines).decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{document.path} is not UTF-8 ({error.reason}: "
-                    f"0x{error.object[error.start]:02x}); convert it or leave it out"
-                ) from error
+    """Reads a document as whole lines, about `BLOCK_BYTES` at a time; nothing is translated.
+
+    Raises:
+        ValueError: it cannot be read, or is not UTF-8.
+    """
+    before = 0
+    try:
+        with document.path.open("rb") as file:
+            while lines := file.readlines(BLOCK_BYTES):
+                yield _decoded(document, b"".join(lines), before)
+                before += len(lines)
+    except OSError as error:
+        raise _unreadable(document, error) from error
+
+
+def _decoded(document: Document, block: bytes, before: int) -> str:
+    """The text of a block that so many lines stand before."""
+    try:
+        return block.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = before + block.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{document.path}, line {line}, is not UTF-8 ({error.reason}: "
+            f"0x{block[error.start]:02x}); convert it or leave it out"
+        ) from error
 
 
 def split_documents(documents: Sequence[Document]) -> dict[str, list[Document]]:
@@ -166,4 +225,9 @@ def split_documents(documents: Sequence[Document]) -> dict[str, list[Document]]:
 
 def _place(name: str) -> float:
     """A number in [0, 1) that depends on the name alone."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
+    return int.from_bytes(hashlib.sha256(_as_bytes(name)).digest()[:8]) / 2**64
+
+
+def _as_bytes(name: str) -> bytes:
+    """UTF-8, or the bytes of a name that is none."""
+    return name.encode("utf-8", "surrogateescape")

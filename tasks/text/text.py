@@ -3,6 +3,7 @@
 B examples or lanes, T positions, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,14 +15,14 @@ from torch import Tensor
 
 from tasks.base import IGNORE, Batch, BatchSet, EvalSplit, Facts, Task
 from tasks.metrics import Metrics, TextMetrics
-from tasks.text.baselines import compressed_bits_per_byte, unigram_bits_per_byte
+from tasks.text.baselines import compressed_bits_per_byte, unigram_nats
 from tasks.text.corpus import Source
 from tasks.text.store import TokenStore, prepare_store
-from tasks.text.tokenizer import Tokenizer
+from tasks.text.tokenizer import Ids, Tokenizer
 
 
 class Text(Task):
-    """Predict the next token of a text; scored in bits per byte.
+    """Predict the next token of a text; scored in bits per byte, or by the loss per token.
 
     **Training** batches are windows of `seq_len + 1` tokens from random places of the training
     split: the first `seq_len` are inputs, the last `seq_len` targets. For the text "abcdef" with
@@ -42,6 +43,10 @@ class Text(Task):
     Documents follow one another with an end-of-document token between them, and neither training
     nor evaluation resets or masks anything there. That token is charged for and stands for no
     byte, which makes bits per byte very slightly pessimistic.
+
+    A text is only scored in bits per byte if its tokens stand for exactly its bytes, which is
+    checked over the whole corpus. A tokenizer that was declared to be `lossy` is scored by its loss
+    per token instead, a number that compares models with the same tokenizer only.
 
     Splits are made by file: see `split_documents`. Tokens are prepared on first use and cached.
 
@@ -78,6 +83,7 @@ class Text(Task):
         self.source = source
         self.tokenizer = tokenizer
         self.eval_tokens = eval_tokens
+        self.monitor = "loss" if tokenizer.lossy else "bits_per_byte"
         self.cache_dir = Path(cache_dir) if cache_dir else None
 
     @cached_property
@@ -90,20 +96,31 @@ class Text(Task):
         self.setup()
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens the tokens and checks that there are enough of them."""
+        """Opens the tokens and checks that there are enough of them.
+
+        Raises:
+            ValueError: too few, a document that cannot be read, or one that the tokenizer changes.
+        """
         held = self.store.meta.splits["train"].tokens
         if held < self.seq_len + 1:
             raise ValueError(
                 f"the train split holds {held} tokens, fewer than one window of seq_len + 1 = "
                 f"{self.seq_len + 1}: lower seq_len or give a larger corpus"
             )
-        for split in ("val", "test"):
+        held_out: tuple[EvalSplit, EvalSplit] = ("val", "test")
+        for split in held_out:
             self._check_lanes(split, self.seq_len, self.batch_size)
+            if not self.store.token_bytes.numpy()[self._scored(split)].any():
+                raise ValueError(
+                    f"what is scored of the {split} split holds no text: its "
+                    f"{self.store.meta.splits[split].files} files are empty, or the first ones; "
+                    "leave empty files out of the corpus"
+                )
 
     @property
     def guess_level(self) -> float:
-        """Bits per byte of the validation text under training frequencies of single tokens."""
-        return self._baselines["val_unigram_bits_per_byte"]
+        """`monitor` on the validation text under training frequencies of single tokens."""
+        return self._baselines[f"val_unigram_{self.monitor}"]
 
     @property
     def vocabulary(self) -> str:
@@ -115,14 +132,26 @@ class Text(Task):
         self.tokenizer.save(folder)
 
     def references(self, split: EvalSplit) -> dict[str, float]:
-        """Bits per byte, on the text that is scored, of unigram counts and of two compressors."""
-        suffix = "_bits_per_byte"
+        """`monitor`, on the text that is scored, of unigram counts and of two compressors.
+
+        There is no such figure of compressors for a lossy tokenizer: they send all of the text.
+        """
+        suffix = f"_{self.monitor}"
         named = (name for name in self._baselines if name.startswith(f"{split}_"))
         return {
             name.removeprefix(f"{split}_").removesuffix(suffix): self._baselines[name]
             for name in named
             if name.endswith(suffix)
         }
+
+    @property
+    def remark(self) -> str:
+        """Why there are no bits per byte, where there are none."""
+        if not self.tokenizer.lossy:
+            return ""
+        lost = self.store.meta.loss
+        found = f"in this corpus, {lost}" if lost else "it changes nothing in this corpus"
+        return f"no bits per byte, as the tokenizer is declared to be lossy: {found}"
 
     def facts(self) -> Facts:
         """What to record with a run, so that its numbers can be read later."""
@@ -138,13 +167,14 @@ class Text(Task):
             "corpus_hash": meta.corpus_hash,
             "tokenizer": meta.tokenizer,
             "tokenizer_fingerprint": meta.fingerprint,
+            **({"remark": self.remark} if self.remark else {}),
             **sizes,
             **self._baselines,
         }
 
     def metrics(self) -> Metrics:
         """A fresh accumulator."""
-        return TextMetrics()
+        return TextMetrics(lossless=not self.tokenizer.lossy)
 
     def train_batch(self, index: int) -> Batch:
         """Training batch `index`: a pure function of the seed, the index and the corpus."""
@@ -176,6 +206,10 @@ class Text(Task):
     def scored_tokens(self, split: EvalSplit) -> int:
         """How many targets an evaluation scores; the split's first token is no target."""
         return min(self.eval_tokens, self.store.meta.splits[split].tokens - 1)
+
+    def _scored(self, split: EvalSplit) -> Ids:
+        """The targets of an evaluation, in order."""
+        return self.store.streams[split][1 : self.scored_tokens(split) + 1].astype(np.int64)
 
     def _blocks(self, split: EvalSplit, length: int, lanes: int) -> Iterator[Batch]:
         stream, scored = self.store.streams[split], self.scored_tokens(split)
@@ -211,13 +245,16 @@ class Text(Task):
     def _baselines(self) -> dict[str, float]:
         """What it costs to send the scored text by other means, for each held-out split."""
         held_out: tuple[EvalSplit, EvalSplit] = ("val", "test")
-        sizes = self.store.token_bytes.numpy()
         facts: dict[str, float] = {}
         for split in held_out:
-            tokens = np.asarray(self.store.streams[split][1 : self.scored_tokens(split) + 1])
+            tokens = self._scored(split)
+            nats = unigram_nats(self.store.meta.train_counts, tokens)
+            facts[f"{split}_scored_tokens"] = len(tokens)
+            if self.tokenizer.lossy:
+                facts[f"{split}_unigram_loss"] = nats / len(tokens)
+                continue
             text = self.tokenizer.decode_bytes(tokens)
-            unigram = unigram_bits_per_byte(self.store.meta.train_counts, tokens, sizes)
-            costs = {"unigram": unigram, **compressed_bits_per_byte(text)}
+            facts[f"{split}_scored_bytes"] = len(text)
+            costs = {"unigram": nats / (math.log(2) * len(text)), **compressed_bits_per_byte(text)}
             facts |= {f"{split}_{name}_bits_per_byte": cost for name, cost in costs.items()}
-            facts |= {f"{split}_scored_tokens": len(tokens), f"{split}_scored_bytes": len(text)}
         return facts

@@ -1,33 +1,33 @@
-"""Text to token ids and back, without loss.
+"""Text to token ids and back, without loss unless that is asked for.
 
 Every tokenizer says how many bytes of UTF-8 each token stands for, so that a model's loss can be
 stated per byte whatever the tokenizer. V vocabulary, N tokens.
 """
 
 import hashlib
-import io
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tasks.text.corpus import Document, blocks
+from tasks.text.corpus import Document
 from tasks.text.files import replacing
+from tasks.text.learning import END_OF_DOCUMENT, SAMPLE_BYTES, learn_model
+from tasks.text.sentencepiece_model import (
+    SPACE_MARK,
+    SentencePieceModel,
+    parse_model,
+    read_model,
+)
 
 Ids = NDArray[np.int64]
 
-# Enough text for a vocabulary of a few thousand pieces, and trained on in seconds.
-SAMPLE_BYTES = 4_000_000
-
 MODEL_FILE = "tokenizer.model"
-
-# SentencePiece writes a space as this character; the character itself must go in as bytes.
-SPACE_MARK = "\u2581"
+CHECKSUM_FILE = "tokenizer.sha256"
 
 # Within sentencepiece's vocabulary: unknown (never produced, as every byte has a piece), end of
 # document, newline, tab, 256 bytes; and some room for characters.
@@ -41,11 +41,16 @@ class Tokenizer(ABC):
         vocab_size: V; ids are in `[0, V)`.
         key: names the tokenizer and its settings, for use in a path.
         end_of_document: the id that ends each document; it stands for no text.
+        lossy: whether ids may stand for another text than they were made from. The bytes of tokens
+            are not those of the text then, and no loss can be stated per byte.
+        remedy: what to do where text is lost although it may not be.
     """
 
     vocab_size: int
     key: str
     end_of_document: int
+    lossy: bool = False
+    remedy: str = "use another tokenizer"
 
     def prepare(self, documents: Sequence[Document], folder: Path) -> None:  # noqa: B027
         """Learns the vocabulary from the first training documents, or loads it from `folder`.
@@ -76,7 +81,7 @@ class Tokenizer(ABC):
         return b"".join(pieces[int(index)] for index in ids)
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
-        """The text that ids stand for: `decode(encode(text)) == text`.
+        """The text that ids stand for: `decode(encode(text)) == text`, unless `lossy`.
 
         A model may also produce ids that are not valid UTF-8 together; what is not comes out as
         U+FFFD.
@@ -102,143 +107,118 @@ class ByteTokenizer(Tokenizer):
         """The bytes of a text, `[N]`."""
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
 
+    def decode_bytes(self, ids: Sequence[int] | Ids) -> bytes:
+        """The bytes that ids stand for; the end of a document stands for none."""
+        given = np.asarray(ids)
+        return given[given != self.end_of_document].astype(np.uint8).tobytes()
+
 
 class SentencePieceTokenizer(Tokenizer):
     r"""Byte-pair encoding, learnt once from the training documents and cached.
 
-    Lossless, unlike SentencePiece's defaults: text is not normalised, spaces are neither added
-    nor merged, newline and tab are tokens of their own (so encoding line by line is the same as
-    encoding whole), and characters outside the vocabulary are spelt in bytes. Reference:
-    "SentencePiece: A simple and language independent subword tokenizer and detokenizer for
-    Neural Text Processing", https://arxiv.org/abs/1808.06226.
+    What is learnt here is lossless, unlike SentencePiece's defaults: text is not normalised, spaces
+    are neither added nor merged, newline and tab are tokens of their own (so encoding line by line
+    is the same as encoding whole), and characters outside the vocabulary are spelt in bytes.
+    Reference: "SentencePiece: A simple and language independent subword tokenizer and detokenizer
+    for Neural Text Processing", https://arxiv.org/abs/1808.06226.
 
     Args:
         vocab_size: V, the number of ids. A corpus too small to fill it leaves the last ids
             unused.
         model_file: a vocabulary learnt before, to be used as it is; a run keeps the one it was
-            trained with as `tokenizer.model`. Default: learn one from the corpus.
+            trained with as `tokenizer.model`. It must have pieces for bytes and for the end of a
+            document. Default: learn one from the corpus.
+        lossy: use a `model_file` that changes text, by normalising it for example; bits per byte
+            are then not reported. Without it such a model is refused where it changes the corpus.
+
+    Raises:
+        ValueError: `model_file` is no usable model, or none of `vocab_size` ids.
     """
 
-    end_of_document = 1
-
-    def __init__(self, vocab_size: int = 4096, model_file: str | None = None) -> None:
+    def __init__(
+        self, vocab_size: int = 4096, model_file: str | None = None, lossy: bool = False
+    ) -> None:
         if vocab_size < SMALLEST_VOCABULARY:
             raise ValueError(
                 f"vocab_size ({vocab_size}) must be at least {SMALLEST_VOCABULARY}: 260 ids are "
                 "bytes and special tokens; for the smallest vocabulary use ByteTokenizer"
             )
+        if lossy and model_file is None:
+            raise ValueError("lossy: a vocabulary that is learnt here loses nothing; leave it out")
         self.vocab_size = vocab_size
+        self.lossy = lossy
+        self.end_of_document = END_OF_DOCUMENT
         self.key = f"sentencepiece-bpe-{vocab_size}-{SAMPLE_BYTES}"
-        self._given = None if model_file is None else _read_model(model_file)
-        if self._given is not None:
-            self.key = f"sentencepiece-{vocab_size}-{hashlib.sha256(self._given).hexdigest()[:16]}"
-        self._model: bytes | None = None
+        self._given: SentencePieceModel | None = None
+        self._model: SentencePieceModel | None = None
+        if model_file is not None:
+            self._given = read_model(model_file, vocab_size)
+            self.end_of_document = self._given.end_of_document
+            self.key = f"sentencepiece-{vocab_size}-{self._given.fingerprint[:16]}"
+            self.remedy = (
+                f"train {model_file} again with SentencePiece's {' '.join(self._given.options)}, "
+                "or set tokenizer.lossy=true to do without bits per byte"
+            )
 
     def prepare(self, documents: Sequence[Document], folder: Path) -> None:
-        """Loads the model from `folder`, where it is first learnt and put if there is none."""
-        path = folder / MODEL_FILE
-        if not path.exists():
-            model = self._given or _train(documents, self.vocab_size)
-            with replacing(path) as file:
-                file.write(model)
-        model = path.read_bytes()
-        if self._model not in (None, model):
+        """Takes the vocabulary from `model_file`, or from `folder`, where it is learnt first.
+
+        A vocabulary in `folder` that is not as it was written is learnt again.
+        """
+        model = self._given or self._learnt(documents, folder)
+        if self._model is not None and self._model.data != model.data:
             raise ValueError(
                 f"this SentencePieceTokenizer already holds the vocabulary of another corpus than "
                 f"that of {folder}: make one for each corpus"
             )
         self._model = model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
-        self._pieces = _piece_bytes(self._processor, self.vocab_size)
-        self._space_mark = [self._pieces.index(bytes([byte])) for byte in SPACE_MARK.encode()]
+        self._space_mark = [model.pieces.index(bytes([byte])) for byte in SPACE_MARK.encode()]
 
     @property
     def fingerprint(self) -> str:
         """Changes whenever the same text could be given other ids."""
-        return hashlib.sha256(self._prepared()).hexdigest()
+        return self._prepared().fingerprint
 
     @property
     def pieces(self) -> Sequence[bytes]:
         """The UTF-8 bytes each of the V ids stands for; none for special and unused ids."""
-        self._prepared()
-        return self._pieces
+        return self._prepared().pieces
 
     def encode(self, text: str) -> Ids:
         """The ids of a text, `[N]`, without an end of document."""
-        self._prepared()
+        processor = self._prepared().processor
         first, *others = text.split(SPACE_MARK)
-        ids: list[int] = self._processor.encode(first)
+        ids: list[int] = processor.encode(first)
         for part in others:
             ids += self._space_mark
-            ids += self._processor.encode(part)
+            ids += processor.encode(part)
         return np.array(ids, dtype=np.int64)
 
     def save(self, folder: Path) -> None:
         """Writes the model to `folder`, for `model_file`."""
         with replacing(folder / MODEL_FILE) as file:
-            file.write(self._prepared())
+            file.write(self._prepared().data)
 
-    def _prepared(self) -> bytes:
+    def _learnt(self, documents: Sequence[Document], folder: Path) -> SentencePieceModel:
+        """The vocabulary in `folder`, if it is whole; else a new one, which is put there."""
+        path, checksum = folder / MODEL_FILE, folder / CHECKSUM_FILE
+        try:
+            data = path.read_bytes()
+            whole = checksum.read_text() == hashlib.sha256(data).hexdigest()
+        except (OSError, UnicodeDecodeError):
+            whole = False
+        if not whole:
+            data = learn_model(documents, self.vocab_size)
+            with replacing(path) as file:
+                file.write(data)
+            with replacing(checksum) as file:  # after what it is of: half a pair is learnt again
+                file.write(hashlib.sha256(data).hexdigest().encode())
+        return parse_model(data, self.vocab_size)
+
+    def _prepared(self) -> SentencePieceModel:
         if self._model is None:
             raise RuntimeError(
                 "this SentencePieceTokenizer has not learnt its vocabulary: call "
                 "prepare(documents, folder), as the Text task does, before using it"
             )
         return self._model
-
-
-def _read_model(file: str) -> bytes:
-    try:
-        return Path(file).read_bytes()
-    except OSError as error:
-        raise ValueError(f"model_file: cannot read {file}: {error.strerror}") from error
-
-
-def _train(documents: Sequence[Document], vocab_size: int) -> bytes:
-    """Learns a vocabulary; the same documents always give the same one."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=_sample_lines(documents),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        allow_whitespace_only_pieces=True,  # indentation is worth a token
-        user_defined_symbols=["\n", "\t"],
-        unk_id=0,
-        eos_id=SentencePieceTokenizer.end_of_document,
-        bos_id=-1,
-        pad_id=-1,
-        num_threads=1,  # so that no order of addition depends on chance
-        minloglevel=2,
-    )
-    return model.getvalue()
-
-
-def _sample_lines(documents: Sequence[Document]) -> Iterator[str]:
-    """Lines of the first `SAMPLE_BYTES` or so of text."""
-    left = SAMPLE_BYTES
-    for document in documents:
-        for block in blocks(document):
-            yield from block.splitlines()
-            left -= len(block.encode("utf-8"))
-            if left <= 0:
-                return
-
-
-def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, vocab_size: int) -> list[bytes]:
-    """The bytes each id stands for, padded to `vocab_size` with ids that are never used."""
-    pieces = []
-    for index in range(processor.get_piece_size()):
-        piece = processor.id_to_piece(index)
-        if processor.is_byte(index):
-            pieces.append(bytes([int(piece[3:5], 16)]))  # written <0x0A>
-        elif processor.is_control(index) or processor.is_unknown(index):
-            pieces.append(b"")
-        else:
-            pieces.append(piece.replace(SPACE_MARK, " ").encode("utf-8"))
-    return pieces + [b""] * (vocab_size - len(pieces))

@@ -34,12 +34,6 @@ every_memory = pytest.mark.parametrize(
     [(name, example) for name, example in LAYER_EXAMPLES if issubclass(LAYERS[name].cls, Memory)],
     ids=lambda value: str(value),
 )
-MAY_BE_EMPTY = [  # layers that keep nothing, and mixtures: routers average over tokens
-    (name, example)
-    for name, example in LAYER_EXAMPLES
-    if name in ("ChunkMixtureOfExperts", "MixtureOfMemories")
-    or LAYERS[name].build(example).init_state(1) is None
-]
 LENGTH = 13
 
 
@@ -116,23 +110,6 @@ def test_batch_size_changes_nothing(name, example):
     together = layer(x).y
     for i in range(3):
         assert_close(layer(x[i : i + 1]).y, together[i : i + 1], f"sequence {i} alone", 1e-12)
-
-
-@pytest.mark.parametrize("shape", [(2, 0), (0, 3), (0, 0)], ids=str)
-@pytest.mark.parametrize(("name", "example"), MAY_BE_EMPTY, ids=str)
-def test_no_token_and_no_sequence_give_nothing(name, example, shape):
-    layer = example_layer(name, example)
-    x = example_input(name)[: shape[0], : shape[1]].requires_grad_()
-    y, state, aux = layer(x)
-    assert y.shape == x.shape
-    assert_states_close(state, layer.init_state(shape[0]))
-    for key, value in aux.items():
-        assert value == 0 or key == "loss_tail", f"{key} is {value}"  # that one prices parameters
-    loss = y.sum() + sum(aux.values())
-    if loss.requires_grad:
-        loss.backward()
-    gradients = [p.grad for p in layer.parameters() if p.grad is not None]
-    assert all(gradient.to_dense().isfinite().all() for gradient in gradients)
 
 
 @every_layer

@@ -104,8 +104,15 @@ def test_it_is_all_experts_with_masked_gates(top_k, renormalize, shared):
     assert_is(layer, dense_mixture, inputs(length=40))
 
 
-def test_one_choice_learns_through_its_raw_weight():
-    assert_is(mixture(top_k=1, renormalize=False), dense_mixture, inputs(length=40))
+def test_weights_are_the_probabilities_of_the_router_as_in_olmoe():
+    layer, x = mixture(top_k=3), inputs()
+    p = layer.router(x).softmax(-1)
+    gates = p.masked_fill(p < p.sort(-1, descending=True).values[..., 2:3], 0)
+    assert_close(layer(x).y, dense(layer.experts, x, gates), "output")
+
+
+def test_one_choice_learns_through_its_weight():
+    assert_is(mixture(top_k=1), dense_mixture, inputs(length=40))
 
 
 def test_with_as_many_choices_as_experts_it_is_a_dense_mixture():
@@ -254,7 +261,8 @@ def test_losses_are_left_out_when_they_weigh_nothing(layer):
 def test_routing_is_exact_in_half_precision(autocast):
     dtype = torch.float32 if autocast else torch.bfloat16
     layer, x = mixture(dtype), inputs(length=100, dtype=dtype)
-    expected = route(F.linear(x.float(), layer.router.weight.float()), 2)
+    logits = F.linear(x.float(), layer.router.weight.float())
+    expected = route(logits, 2, renormalize=False)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast), recording() as record:
         aux = layer(x).aux
     wanted = torch.zeros(2, 100, 5).scatter(-1, expected.memory, expected.weight)
@@ -382,7 +390,7 @@ def test_outputs_start_at_the_scale_that_the_init_means(cls, width):
     expected = mean_square(F.silu, std=3**-0.5) / 3
     if cls is MixtureOfExperts:
         logits = torch.randn(20_000, 8) / 3**0.5
-        weights = logits.topk(2).values.softmax(-1)
+        weights = logits.softmax(-1).topk(2).values
         expected *= weights.square().sum(-1).mean().item() / 3
     x = torch.randn(4, 64, width)
     with torch.no_grad():

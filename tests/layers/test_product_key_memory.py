@@ -113,6 +113,7 @@ def test_heads_that_ask_the_same_find_the_same_only_if_they_share_sub_keys(make,
     layer, x = make(), tokens()
     with torch.no_grad():
         layer.keys.query_proj.weight.copy_(layer.keys.query_proj.weight.chunk(2)[0].repeat(2, 1))
+        layer.keys.query_proj.bias.copy_(layer.keys.query_proj.bias.chunk(2)[0].repeat(2))
     first, second = layer.keys(x).rows.unbind(2)
     assert torch.equal(first, second) == alike
 
@@ -121,7 +122,6 @@ def test_a_gate_of_one_and_an_identity_map_leave_the_plain_memory():
     gated, plain, x = pkm(), pkm(gate="none"), tokens()
     plain.load_state_dict(gated.state_dict(), strict=False)
     with torch.no_grad():
-        gated.gate_proj = torch.nn.Linear(8, 8).double()
         gated.gate_proj.weight.zero_()
         gated.gate_proj.bias.fill_(1.2784645427610738)  # silu of it is one
         gated.out_proj.weight.copy_(torch.eye(8))
@@ -276,15 +276,44 @@ def test_what_cannot_be_built_says_why(options, message):
 SIZES = {"heads": 4, "top_k": 8, "sub_keys": 32}
 
 
+@pytest.mark.parametrize(
+    ("make", "width"),
+    [
+        (partial(ProductKeyMemory, gate="silu"), 32),  # the bound counts both halves
+        (partial(ProductKeyMemory, gate="none"), 16),  # and here one
+        (partial(ProductKeyMemory, gate="sigmoid"), 16),
+        (PEER, 16),
+    ],
+    ids=["memory+", "product keys", "one gate", "peer"],
+)
+def test_keys_and_queries_start_as_in_the_published_code(make, width):
+    torch.manual_seed(0)
+    keys = make(48, heads=4, top_k=4, sub_keys=100, key_dim=32, table=DENSE).keys
+    for parameter, inputs in ((keys.keys, width), (keys.query_proj.bias, 48)):
+        bound = inputs**-0.5
+        assert 0.95 * bound < parameter.abs().max() <= bound
+        assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+    assert keys.query_proj.weight.abs().max().item() == pytest.approx((6 / (48 + 128)) ** 0.5, 0.01)
+
+
+def test_only_the_gated_output_has_biases():
+    names = {name for name, _ in pkm().named_parameters()}
+    assert {"gate_proj.bias", "out_proj.bias"} <= names
+    names = {name for name, _ in pkm(gate="none", value_dim=6).named_parameters()}
+    assert "out_proj.weight" in names
+    assert "out_proj.bias" not in names
+
+
 @pytest.mark.parametrize("width", [32, 64, 128])
 @pytest.mark.parametrize("cls", [ProductKeyMemory, PEER])
 def test_outputs_start_at_the_scale_that_the_init_means(cls, width):
     """Rows are independent, so the squares of their weights add up, over a head and over heads."""
     torch.manual_seed(0)
-    rows = SIZES["heads"] * _sum_of_squared_weights()
     if cls is ProductKeyMemory:
+        rows = SIZES["heads"] * _sum_of_squared_weights(1 / 6)
         expected = rows / width * mean_square(F.silu)  # of a row's entries, and of the gate
     else:
+        rows = SIZES["heads"] * _sum_of_squared_weights(1 / 3)
         expected = rows / (SIZES["heads"] * SIZES["top_k"]) * mean_square(F.gelu)
     x = torch.randn(4, 64, width)
     with torch.no_grad():
@@ -292,9 +321,9 @@ def test_outputs_start_at_the_scale_that_the_init_means(cls, width):
     assert torch.stack(squares).mean().sqrt().item() == pytest.approx(expected**0.5, rel=0.1)
 
 
-def _sum_of_squared_weights() -> float:
-    """Of one head: a normalised half of a query and a sub-key have a product of variance 1/3."""
-    first, second = torch.randn(2, 2000, SIZES["sub_keys"]) / 3**0.5
+def _sum_of_squared_weights(variance: float) -> float:
+    """Of one head, from the variance of a normalised half of a query times a sub-key."""
+    first, second = torch.randn(2, 2000, SIZES["sub_keys"]) * variance**0.5
     sums = first[:, :, None] + second[:, None]
     kept = sums.flatten(1).topk(SIZES["top_k"]).values
     return kept.softmax(-1).square().sum(-1).mean().item()

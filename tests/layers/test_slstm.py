@@ -27,9 +27,14 @@ def test_it_is_the_papers_block(cell, naive):
     i, f = net.gate_proj(F.silu(net.conv(x).y)).chunk(2, -1)
     z, o = net.in_proj(x).chunk(2, -1)
     gates = torch.stack([g.unflatten(-1, (2, 5)) for g in (i, f, z, o)], dim=2)
+    with torch.no_grad():
+        net.norm.weight.normal_()
     h, state = naive(gates, net.recurrent, net.bias)
+    centered = h - h.mean(-1, keepdim=True)  # a group is a head
+    normed = centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     output = net(x)
-    assert_close(output.y, net.out_proj(net.norm(h).flatten(-2)), "output")
+    expected = (normed.flatten(-2) * net.norm.weight) @ net.out_proj.weight.T
+    assert_close(output.y, expected, "output")
     assert_states_close(output.state.cell, state)
 
 
@@ -86,27 +91,32 @@ def test_biases_are_not_decayed_and_recurrent_weights_are():
 
 
 @pytest.mark.parametrize("cell", ["slstm", "lstm"])
-def test_one_unit_can_follow_parity(cell):
-    """Weights by hand: a one replaces the cell by the opposite of h, a zero keeps it."""
-    net = layer(heads=1, head_dim=1, cell=cell, conv_size=1)
+def test_a_head_can_follow_parity(cell):
+    """Weights by hand: a one replaces each cell by the opposite of its h, a zero keeps it.
+
+    The second unit holds the opposite of the first, as the norm takes out what both have in common.
+    """
+    net = layer(heads=1, head_dim=2, cell=cell, conv_size=1)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()
         net.conv.weight.fill_(1.0)
-        net.gate_proj.weight[:, 0] = torch.tensor([40.0, -40.0])  # i opens where f closes
-        net.recurrent[2], net.bias[3] = -10.0, 10.0  # z against h; o stays open
+        net.gate_proj.weight[:, 0] = torch.tensor([40.0, 40.0, -40.0, -40.0])  # i opens, f closes
+        net.recurrent[2, 0], net.bias[3] = -10.0 * torch.eye(2), 10.0  # z against h; o stays open
         net.norm.weight.fill_(1.0)
-        net.out_proj.weight[0] = 1.0
+        net.out_proj.weight[0, 0] = 1.0
     bits = torch.randint(2, (1, 200), generator=torch.Generator().manual_seed(0))
     x = torch.zeros(1, 200, 16).double()
     x[..., 0] = 2.0 * bits - 1
     state = net.init_state(1)
-    even = {"h": 0.75, "c": 1.0, "n": 1.0, "m": 0.0}
-    start = type(state.cell)(*(torch.full((1, 1, 1), even[f]).double() for f in state.cell._fields))
+    even = {"h": [0.75, -0.75], "c": [1.0, -1.0], "n": [1.0, 1.0], "m": [0.0, 0.0]}
+    start = type(state.cell)(*(torch.tensor([[even[f]]]).double() for f in state.cell._fields))
     y = net(x, state._replace(cell=start)).y[..., 0]
     assert_close(y, 1.0 - 2 * (bits.cumsum(1) % 2), "parity", 1e-4)
 
 
-def test_heads_must_divide_the_width():
+def test_heads_must_divide_the_width_and_have_something_to_be_normalised_over():
     with pytest.raises(ValueError, match=r"heads \(3\) must divide d_model \(16\)"):
         SLSTM(16, heads=3)
+    with pytest.raises(ValueError, match="head_dim must be 2 or more, got 1"):
+        SLSTM(16, heads=16)

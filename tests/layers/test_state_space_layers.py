@@ -142,11 +142,26 @@ def test_s4d_starts_with_the_rates_in_every_channel_and_spread_steps():
     assert abs(net.C.square().sum(-1).mean() - 1) < 0.1, "C is not a unit complex normal"
 
 
-def test_the_system_of_s4d_learns_slowly_and_is_not_decayed():
+def test_reads_of_s4d_start_with_the_size_of_hippos_writes_for_legs():
+    """Whose B, halved as the low-rank part is left out, has a part along each eigenvector."""
+    n = torch.arange(8).double()
+    b = (2 * n + 1).sqrt()
+    normal = -torch.outer(b, b).tril(-1) - torch.diag(n + 1) + torch.outer(b, b) / 2
+    eigenvalues, vectors = torch.linalg.eig(normal)
+    parts = torch.linalg.solve(vectors, b.to(vectors) / 2).abs()
+    kept = eigenvalues.imag > 0
+    expected = parts[kept][eigenvalues.imag[kept].argsort()]
+    torch.manual_seed(0)
+    sizes = S4D(20_000, state_dim=8, init="legs").C.square().sum(-1).mean(0).sqrt()
+    assert_close(sizes, expected, "C", 0.02)
+
+
+def test_rates_and_steps_of_s4d_learn_slowly_and_are_not_decayed():
+    """And C, which reads, does and is, as in the released code."""
     treated = treatment(S4D(16))
-    assert {treated[name] for name in ("A_log", "A_imag", "C", "log_step")} == {(False, 1e-3)}
+    assert {treated[name] for name in ("A_log", "A_imag", "log_step")} == {(False, 1e-3)}
     assert treated["D"] == (False, None)
-    assert treated["output.out_proj.weight"] == (True, None)
+    assert treated["C"] == treated["output.out_proj.weight"] == (True, None)
 
 
 @pytest.mark.parametrize("state_dim", [0, 7])

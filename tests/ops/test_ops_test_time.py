@@ -76,7 +76,7 @@ class TestReductions:
 
     @pytest.mark.parametrize("chunk", [1, 6, 16])
     def test_gated_delta_rule(self, chunk):
-        """Without momentum and with exact errors; the gates have other names there."""
+        """Without momentum, with exact errors; it takes the error after the decay, we before."""
         rule = Rule(memory=Matrix(), anchor="token", momentum=False, chunk=chunk)
         x, keep = tokens(), normal(2, 20, 3, 1, seed=4).sigmoid()
         theta = normal(2, 20, 3, 1, seed=5).sigmoid()
@@ -444,7 +444,7 @@ def accepted_rules(count: int) -> list[Rule]:
         "decay": ["none", "head", "channel"],
         "anchor": ["chunk", "token"],
         "momentum": [True, False],
-        "orthogonal": [True, False],
+        "orthogonal": [True, "scheduled", False],
         "outer_step": [True, False],
         "window": [1, 3],
         "read_before": [True, False],

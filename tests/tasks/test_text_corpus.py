@@ -66,8 +66,8 @@ def test_one_path_without_a_list_is_an_error():
 
 def test_a_file_that_is_not_utf8_is_named(tmp_path):
     path = tmp_path / "latin.txt"
-    path.write_bytes("caf\u00e9".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8 \(.*0xe9\)"):
+    path.write_bytes("one\ntwo\ncaf\u00e9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.txt, line 3, is not UTF-8 \(.*0xe9\)"):
         list(blocks(Document("latin.txt", path)))
 
 

@@ -9,6 +9,7 @@ import torch
 
 from tasks import ByteTokenizer, LocalFiles, SentencePieceTokenizer, StandardLibrary, Text
 from tasks.batch import IGNORE
+from tasks.text.store import _checksum_of
 
 
 @pytest.fixture(params=["bytes", "sentencepiece"])
@@ -161,7 +162,9 @@ def test_a_store_is_made_again_when_the_tokenizer_changes(make_text, tmp_path):
     task().setup()
     folder = store_folder(tmp_path)
     meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps(meta | {"fingerprint": "of another model"}))
+    other = {k: v for k, v in meta.items() if k != "checksum"} | {"fingerprint": "of another"}
+    other["checksum"] = _checksum_of(other)
+    (folder / "meta.json").write_text(json.dumps(other))
     assert task().store.meta.fingerprint == meta["fingerprint"]
 
 

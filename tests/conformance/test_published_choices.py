@@ -1,0 +1,145 @@
+"""What each shipped config chooses, against what its paper says, written down by hand.
+
+Left out is what the papers leave open: number of heads, widths, chunks of this scale.
+"""
+
+from operator import attrgetter
+
+import pytest
+
+import layers
+from harness.build import build
+from harness.compose import compose_group
+from ops import test_time
+
+MIXERS = {
+    # a row: the class, and attributes of the layer by dotted name
+    "attention": (layers.SoftmaxAttention, {"window": None, "rope_base": 10_000.0}),  # RoFormer
+    "sliding_window": (layers.SoftmaxAttention, {"window": 16}),
+    "linear_attention": (  # elu + 1, with a normaliser and no convolution
+        layers.LinearAttention,
+        {"feature_map": "elu", "conv": None, "norm": None, "gate_proj": None},
+    ),
+    "based": (layers.LinearAttention, {"feature_map": "taylor", "norm": None}),
+    "retention": (layers.Retention, {"conv": None, "silu": False, "rotary_base": 10_000.0}),
+    "gla": (layers.GatedLinearAttention, {"key_dim": 16, "value_dim": 32, "conv": None}),
+    "deltanet": (  # short convolutions of 4, SiLU, unit keys, no output gate
+        layers.DeltaNet,
+        {"conv.weight.shape": (192, 4), "silu": True, "gate_proj": None, "max_strength": 1.0},
+    ),
+    "gated_deltanet": (
+        layers.GatedDeltaNet,
+        {"conv.weight.shape": (192, 4), "silu": True, "gate_proj.bias": None, "max_strength": 1.0},
+    ),
+    "mamba": (layers.Mamba, {"conv.weight.shape": (128, 4), "A_log.shape": (128, 16)}),
+    "mamba2": (layers.Mamba2, {"groups": 1, "silu": True}),
+    "mom": (  # four memories, two of them for a token, and a shared one; of Gated DeltaNet
+        layers.MixtureOfMemories,
+        {"top_k": 2, "shared": True, "base.__class__": layers.GatedDeltaNet, "router.bias": None},
+    ),
+    "bmojo": (layers.BMojo, {"memory.__class__": layers.GatedDeltaNet}),
+    "s4d": (layers.S4D, {}),
+    "slstm": (layers.SLSTM, {"cell": "slstm", "conv.weight.shape": (64, 4)}),
+    "titans_lmm": (  # two layers, squared error, momentum, a forget gate
+        layers.TestTimeMemory,
+        {
+            "rule.memory": test_time.MLP(depth=2, expand=4),
+            "rule.objective": test_time.SquaredError(),
+            "rule.momentum": True,
+            "rule.decay": "head",
+            "rule.update": "token",
+            "rule.orthogonal": False,
+            "rule.window": 1,
+            "rule.read_before": False,
+            "features.silu": True,
+            "features.normalize": True,
+            "features.rope": None,
+            "conv.weight.shape": (192, 4),
+        },
+    ),
+    "titans_linear": (
+        layers.TestTimeMemory,
+        {"rule.memory": test_time.Matrix(), "rule.anchor": "token", "rule.momentum": True},
+    ),
+    "ttt_linear": (  # steps averaged over the chunk so far, nothing forgotten, positions in a chunk
+        layers.TestTimeMemory,
+        {
+            "rule.memory": test_time.MLP(depth=1, bias=True),
+            "rule.update": "average",
+            "rule.momentum": False,
+            "rule.decay": "none",
+            "rule.chunk": 16,
+            "features.rope": "chunk",
+            "features.silu": False,
+            "norm.normalized_shape": (64,),
+            "gate_proj": None,
+        },
+    ),
+    "ttt_mlp": (
+        layers.TestTimeMemory,
+        {
+            "rule.memory": test_time.MLP(depth=2, expand=4, bias=True),
+            "rule.update": "average",
+            "rule.momentum": False,
+            "rule.decay": "none",
+            "rule.chunk": 16,
+        },
+    ),
+    "lact": (layers.Parallel, {"parts.0.__class__": layers.SoftmaxAttention}),
+    "moneta": (  # l_3 errors, an l_4 norm of the weights
+        layers.TestTimeMemory,
+        {
+            "rule.objective": test_time.LpError(p=3),
+            "rule.boundary": test_time.LqNorm(q=4),
+            "rule.decay": "channel",
+            "rule.momentum": False,
+        },
+    ),
+    "yaad": (
+        layers.TestTimeMemory,
+        {
+            "rule.objective.__class__": test_time.Huber,
+            "rule.decay": "channel",
+            "rule.momentum": False,
+        },
+    ),
+    "memora": (
+        layers.TestTimeMemory,
+        {"rule.boundary.__class__": test_time.Softmax, "rule.momentum": False},
+    ),
+    "omeganet": (  # a window of tokens on polynomial features, without momentum
+        layers.TestTimeMemory,
+        {"rule.window": 4, "features.degree": 2, "rule.momentum": False, "rule.orthogonal": False},
+    ),
+    "atlas": (  # OmegaNet with momentum and Newton-Schulz
+        layers.TestTimeMemory,
+        {"rule.window": 4, "features.degree": 2, "rule.momentum": True, "rule.orthogonal": True},
+    ),
+    "titans_mac": (layers.MemoryAsContext, {"memory.rule.memory": test_time.MLP(depth=2)}),
+    "titans_mag": (layers.MemoryAsGate, {"memory.rule.memory": test_time.MLP(depth=2)}),
+    "titans_mal": (layers.MemoryAsLayer, {"memory.rule.memory": test_time.MLP(depth=2)}),
+}
+for form in ("decode", "encode", "similarity"):
+    MIXERS[f"lattice_{form}"] = (
+        layers.TestTimeMemory,
+        {"rule.memory.form": form, "rule.boundary.__class__": test_time.UnitSlots},
+    )
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_mixer_is_what_its_paper_says(name):
+    cls, choices = MIXERS[name]
+    layer = build(compose_group("mixer", [f"mixer={name}"]))(64)
+    assert type(layer) is cls
+    found = {choice: attrgetter(choice)(layer) for choice in choices}
+    assert found == choices
+
+
+def test_lact_has_a_gated_memory_beside_attention_of_a_chunk():
+    attention, memory = build(compose_group("mixer", ["mixer=lact"]))(64).parts
+    assert attention.window == memory.rule.chunk
+    assert memory.rule.memory == test_time.SwiGLU()
+    assert memory.rule.objective == test_time.DotProduct()
+    assert memory.rule.boundary == test_time.RowNorm()
+    assert (memory.rule.update, memory.rule.read_before) == ("chunk", True)
+    assert (memory.rule.decay, memory.rule.momentum) == ("none", True)
