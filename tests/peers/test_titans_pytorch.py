@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from layers import TestTimeMemory
+from layers.norm import L2_NORM_EPS
 from tests.helpers import assert_close, run_in_pieces
 from tests.peers.compare import assert_same, peer
 from tests.peers.mappings.titans_pytorch import neural_memory_options, neural_memory_weights
@@ -118,6 +119,8 @@ def test_gates_of_every_token(arguments):
     ours, theirs, mapping = pair(arguments)
     if "qk_rmsnorm" in arguments:
         freeze_at_zero(theirs, "q_norm.gamma", "k_norm.gamma")  # ours have no gain
+        for norm in (theirs.q_norm, theirs.k_norm):
+            norm.rmsnorm.eps = L2_NORM_EPS / arguments["dim_head"]  # of the mean, not the sum
     x = tokens(arguments["dim"], 11)
     assert_same(ours, theirs, mapping, x, run=lambda x: theirs(x)[0], in_double=False)
 

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers import Features, Forgetting, Learner
+from layers import Features, Forgetting, Learner, Readout
 from ops.test_time import MLP
 
 
@@ -105,7 +105,7 @@ def neural_memory_options(
         ),
         "read_before": once,
         "features": Features(conv_size=1, silu=silu, normalize=qk_rmsnorm),
-        "output_gate": False,
+        "readout": Readout(gate=False),
     }
 
 
