@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.pytorch.plugins.precision import Precision
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +25,7 @@ from harness.compose import CONFIG_DIR, compose_group, parse_overrides
 from harness.console import reference_line
 from harness.evaluation import Evaluation, FitError, check_fit, evaluate, lengthened, restore_model
 from harness.model_rules import NO_TABLE
+from harness.precision import run_precision
 from harness.provenance import provenance
 from harness.run_directory import RunDirectory, RunError, find_run
 from harness.schema import check_config, check_options
@@ -84,16 +86,15 @@ def evaluate_command(arguments: Sequence[str]) -> list[Evaluation]:
     task = _with_vocabulary_of(run, _task_config(config, task_overrides))
     given_length = "task.seq_len" in parse_overrides(task_overrides)
     tasks = _tasks(task, asked.lengths or _default_lengths(task, given_length))
-    model = restore_model(config, checkpoint)
+    model, precision = restore_model(config, checkpoint), run_precision(config)
     check_fit(checkpoint_vocabulary(checkpoint), model, tasks[0])
     check_router(checkpoint, tasks[0])
     if asked.telemetry:
-        _check_telemetry(run, model)
+        _check_telemetry(run, model, precision)
     if asked.usage:
         _check_usage(run, model)
-    precision = config["trainer"].get("precision", "32-true")
     cases = [(built, carry) for built in tasks for carry in _carries(asked.carry, built)]
-    score = partial(evaluate, model, split=asked.split, precision=precision)
+    score = partial(evaluate, model, precision=precision, split=asked.split)
     results = [score(built, carry=carry) for built, carry in cases]
     print_evaluations(results, f"{file} on {task[TARGET]} ({asked.split})")
     print(reference_line(tasks[0], asked.split))
@@ -106,7 +107,7 @@ def evaluate_command(arguments: Sequence[str]) -> list[Evaluation]:
         _report_usage(with_shared_tables(model, meter.by_layer(model)), run, title)
     if asked.telemetry:
         trace = record_trace(
-            model, tasks[0], split=asked.split, count=asked.telemetry, precision=precision
+            model, tasks[0], precision=precision, split=asked.split, count=asked.telemetry
         )
         _report(trace, write_telemetry(run.telemetry, trace, tasks[0], title))
     return results
@@ -209,11 +210,11 @@ def _report_usage(usage: Mapping[str, Usage], run: RunDirectory, title: str) -> 
     print("\n".join(map(str, write_usage(run.usage, usage, title))))
 
 
-def _check_telemetry(run: RunDirectory, model: LanguageModel) -> None:
+def _check_telemetry(run: RunDirectory, model: LanguageModel, precision: Precision) -> None:
     """Raises RunError or FitError where there would be nothing to write, or nowhere."""
     _require_run(run, "telemetry")
     files = sorted((CONFIG_DIR / "mixer").glob("*.yaml"))
-    check_surprise(model, [file.stem for file in files if _learns_at_test_time(file)])
+    check_surprise(model, precision, [file.stem for file in files if _learns_at_test_time(file)])
 
 
 def _learns_at_test_time(mixer: Path) -> bool:

@@ -23,6 +23,7 @@ from harness.checkpoints import (
 from harness.console import RunProgressBar, label, quiet_libraries, say
 from harness.loggers import Dashboard, MetricsFile, last_validation
 from harness.model_rules import check_model
+from harness.precision import run_precision
 from harness.provenance import config_hash, provenance
 from harness.run_directory import RunDirectory
 from harness.schema import options
@@ -84,9 +85,10 @@ def prepare(config: Config, *, resumed: bool = False) -> Prepared:
 
 
 def build_model(config: Config, task: Task) -> LanguageModel:
-    """The model of a config, with the vocabulary of its task and the run's seed."""
+    """The model of a config, with the vocabulary of its task, the run's seed and its precision."""
     torch.manual_seed(options(config).seed)
     model: LanguageModel = build(config["model"], vocab_size=task.vocab_size)
+    run_precision(config).convert_module(model)
     return model
 
 

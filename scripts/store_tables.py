@@ -28,6 +28,7 @@ from harness.checkpoints import (
 )
 from harness.cli import report_errors
 from harness.evaluation import Evaluation, check_fit, evaluate, restore_model
+from harness.precision import run_precision
 from harness.run_directory import RunDirectory, RunError, find_run
 from harness.schema import check_config
 from harness.training import build_model
@@ -166,8 +167,7 @@ def measure(where: Path, *, split: EvalSplit, cache_bytes: int) -> Served:
     task: Task = build(config["task"])
     task.prepare_data()
     check_fit(vocabulary, model, task)
-    precision = config["trainer"].get("precision", "32-true")
-    evaluation = evaluate(model, task, split=split, precision=precision)
+    evaluation = evaluate(model, task, precision=run_precision(config), split=split)
     gc.collect()
     after = resident()
     return Served(evaluation, _table_bytes(model), _reads(model), before, after)

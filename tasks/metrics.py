@@ -42,7 +42,7 @@ class Scores(NamedTuple):
 
 @torch.no_grad()
 def score(logits: Tensor, targets: Tensor) -> Scores:
-    """Scores the positions that have a target, in fp32, never copying all the logits at once.
+    """Scores positions with a target, in fp32 or more, never copying all the logits at once.
 
     Args:
         logits: `[B, T, V]` in any floating-point type.
@@ -57,7 +57,7 @@ def score(logits: Tensor, targets: Tensor) -> Scores:
     where = (wanted != IGNORE).nonzero().squeeze(1)
     nll, right = [], []
     for part in where.split(ROWS):
-        picked = rows[part].float()
+        picked = rows[part] if rows.dtype == torch.float64 else rows[part].float()
         nll.append(F.cross_entropy(picked, wanted[part], reduction="none"))
         right.append(picked.argmax(-1) == wanted[part])
     return Scores(where.cpu(), torch.cat(nll).cpu().double(), torch.cat(right).cpu())
