@@ -5,21 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from harness.check import ConfigError
 from harness.checkpoints import (
     BANK,
     check_router,
     checkpoint_vocabulary,
+    misfits,
     model_weights,
     read_checkpoint,
 )
 from harness.run_directory import RunError, find_run
 from models import LanguageModel
 from tasks.base import Task
-
-_LISTED = 8  # weights that do not fit, in one message
 
 
 @dataclass(frozen=True)
@@ -54,10 +51,10 @@ def start_from(where: str, model: LanguageModel, task: Task) -> Anchor:
         path = file or run.best
         checkpoint = read_checkpoint(path)
         check_router(checkpoint, task)
+        weights = model_weights(checkpoint)
     except RunError as error:
         raise ConfigError([f"start_from: {error}"]) from error
-    weights = model_weights(checkpoint)
-    problems = [*_other_words(checkpoint, task), *_misfits(weights, model)]
+    problems = [*_other_words(checkpoint, task), *misfits(weights, model, may_be_new=BANK)]
     if problems:
         lines = "".join(f"\n    {problem}" for problem in problems)
         raise ConfigError([f"start_from: {path} is not an anchor for this model:{lines}"])
@@ -85,24 +82,3 @@ def _other_words(checkpoint: dict[str, Any], task: Task) -> Iterator[str]:
             f"it was trained on the vocabulary {theirs[:12]!r}, and the task {task.name!r} has "
             f"{task.vocabulary[:12]!r}: token ids would mean something else"
         )
-
-
-def _misfits(weights: dict[str, Tensor], model: LanguageModel) -> Iterator[str]:
-    """A line for each weight that does not fit, up to a number."""
-    own = model.state_dict()
-    lines = []
-    for name in weights.keys() | own.keys():
-        here, there = own.get(name), weights.get(name)
-        if here is None and there is not None:
-            lines.append(f"{name} {_shape(there)} has no place in this model")
-        elif there is None and here is not None and not name.startswith(BANK):
-            lines.append(f"{name} {_shape(here)} of this model is not there")
-        elif here is not None and there is not None and here.shape != there.shape:
-            lines.append(f"{name} is {_shape(there)} there and {_shape(here)} in this model")
-    yield from sorted(lines)[:_LISTED]
-    if len(lines) > _LISTED:
-        yield f"and {len(lines) - _LISTED} more weights that do not fit"
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(list(tensor.shape))

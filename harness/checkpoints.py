@@ -4,6 +4,7 @@ import io
 import json
 import signal
 import types
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from harness.check import Config
 from harness.run_directory import RunDirectory, RunError, write_atomically
+from layers.regular_file import open_regular
 from models.diagnosis import NonFiniteError
 from tasks.base import Task
 
 FORMAT = 1
 _KEY = "mneme"
 BANK = "bank."  # what names of a memory bank's weights begin with
+_LISTED = 8  # weights that do not fit, in one message
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -59,7 +62,13 @@ def read_checkpoint(
         RunError: the file is missing, cut short, or not a checkpoint of this project.
     """
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
+        with open_regular(path) as file:
+            checkpoint = torch.load(
+                path if mapped else file,
+                map_location=map_location,
+                weights_only=True,
+                mmap=mapped,
+            )
     except FileNotFoundError as error:
         others = sorted(p.name for p in path.parent.glob("*.ckpt"))
         hint = f"; there is {', '.join(others)}" if others else ""
@@ -69,10 +78,38 @@ def read_checkpoint(
         raise RunError(f"{path} is truncated or not a checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(_KEY), dict):
         raise RunError(f"{path} was not written by this project; nothing was loaded or overwritten")
-    found = checkpoint[_KEY]["format"]
+    found = checkpoint[_KEY].get("format")
     if found != FORMAT:
         raise RunError(f"{path} has checkpoint format {found}; this version reads {FORMAT}")
+    problems = list(_form(checkpoint))
+    if problems:
+        raise RunError(f"{path} is not a whole checkpoint: {'; '.join(problems)}")
     return dict(checkpoint)
+
+
+def _form(checkpoint: dict[str, Any]) -> Iterator[str]:
+    """What every reader of a checkpoint relies on and this one lacks."""
+    header, step = checkpoint[_KEY], checkpoint.get("global_step")
+    if not _is_json_object(header.get("config")):
+        yield "it carries no config"
+    if not isinstance(header.get("vocabulary"), str):
+        yield "it does not say what its vocabulary is"
+    if not isinstance(header.get("router"), str | None):
+        yield "its router has no hash"
+    if not is_count(step):
+        yield f"its step is {step!r}"
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a whole number from 0; `True` is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_json_object(text: object) -> bool:
+    try:
+        return isinstance(text, str) and isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def checkpoint_vocabulary(checkpoint: dict[str, Any]) -> str:
@@ -123,14 +160,70 @@ def check_same_run(checkpoint: dict[str, Any], config: Config, path: Path) -> No
 
 
 def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The model's weights in a checkpoint, by the names that the model gives them."""
-    weights = checkpoint["state_dict"]
-    return {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
+    """The model's weights in a checkpoint, by the names that the model gives them.
+
+    Raises:
+        RunError: the checkpoint has no weights, or something else in their place.
+    """
+    weights = checkpoint.get("state_dict")
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise RunError("the checkpoint has no weights (its state_dict holds no tensors)")
+    named = {str(name): weight for name, weight in weights.items()}
+    return {k.removeprefix("model."): v for k, v in named.items() if k.startswith("model.")}
 
 
 def load_weights(model: torch.nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Copies the model's weights out of a checkpoint."""
-    model.load_state_dict(model_weights(checkpoint))
+    """Copies the model's weights out of a checkpoint.
+
+    Raises:
+        RunError: they are not those of this model.
+    """
+    weights = model_weights(checkpoint)
+    if problems := list(misfits(weights, model)):
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise RunError(f"the checkpoint's weights are not those of its config's model:{lines}")
+    model.load_state_dict(weights)
+
+
+def misfits(
+    weights: Mapping[str, torch.Tensor], model: torch.nn.Module, may_be_new: str | None = None
+) -> Iterator[str]:
+    """A line for each weight that a model cannot take as it is, up to a number.
+
+    Complex numbers would lose their imaginary part, and fractions be cut off, without a word.
+
+    Args:
+        weights: by name.
+        model: which would take them.
+        may_be_new: what names of weights begin with that only the model has to have.
+    """
+    own = model.state_dict()
+    lines = []
+    for name in weights.keys() | own.keys():
+        here, there = own.get(name), weights.get(name)
+        if here is None and there is not None:
+            lines.append(f"{name} {_shape(there)} has no place in this model")
+        elif there is None and here is not None:
+            if may_be_new is None or not name.startswith(may_be_new):
+                lines.append(f"{name} {_shape(here)} of this model is not there")
+        elif here is not None and there is not None and here.shape != there.shape:
+            lines.append(f"{name} is {_shape(there)} there and {_shape(here)} in this model")
+        elif here is not None and there is not None and kind(here) != kind(there):
+            lines.append(f"{name} has {kind(there)} there and {kind(here)} in this model")
+    yield from sorted(lines)[:_LISTED]
+    if len(lines) > _LISTED:
+        yield f"and {len(lines) - _LISTED} more weights that do not fit"
+
+
+def kind(tensor: torch.Tensor) -> str:
+    """What sort of numbers a tensor holds: those of one sort convert without a loss of kind."""
+    if tensor.is_complex():
+        return "complex numbers"
+    return "real numbers" if tensor.is_floating_point() else f"numbers of type {tensor.dtype}"
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return str(list(tensor.shape))
 
 
 def validates_after(trainer: Trainer, batches: int) -> bool:

@@ -13,11 +13,12 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from harness.check import Config
+from harness.check import Config, ConfigError
 from harness.checkpoints import check_router, check_same_run, read_checkpoint
 from harness.compose import Composed
 from harness.console import reference_line, say
 from harness.loggers import read_metrics
+from harness.resume_check import resume_problems
 from harness.run_directory import (
     RunDirectory,
     RunError,
@@ -25,6 +26,7 @@ from harness.run_directory import (
     new_run_directory,
     refuse_occupied,
 )
+from harness.run_lock import alone
 from harness.schema import check_config, options
 from harness.training import Prepared, prepare, train
 
@@ -39,12 +41,19 @@ def start_run(composed: Composed) -> tuple[RunDirectory, dict[str, Any]]:
     refuse_occupied(chosen.run_dir)
     prepared = prepare(composed.config)
     run = new_run_directory(chosen.run_dir, composed.choices, chosen.seed)
+    with alone(run.path):
+        refuse_occupied(str(run.path))  # once more, now that no other process can take it
+        return run, _start(run, composed, prepared)
+
+
+def _start(run: RunDirectory, composed: Composed, prepared: Prepared) -> dict[str, Any]:
+    """Trains in a directory that is this process's alone."""
     run.write_config(composed.config)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     run.write_summary(choices=dict(composed.choices), started=started)
     summary = train(prepared, run)
     _report(run, prepared, summary)
-    return run, summary
+    return summary
 
 
 def start_job(composed: Composed) -> None:
@@ -53,14 +62,22 @@ def start_job(composed: Composed) -> None:
     if hydra.mode != RunMode.MULTIRUN:
         start_run(composed)
         return
-    run = RunDirectory(Path(hydra.runtime.output_dir))
+    path = hydra.runtime.output_dir
     overrides = [override.lstrip("+") for override in hydra.overrides.task]
-    if run.config.exists():
-        print(f"job {' '.join(overrides)} left out: {run.path} holds a run", file=sys.stderr)
-        return
+    composed = replace(composed, config={**composed.config, "run_dir": path})
+    try:
+        run = new_run_directory(path, composed.choices, options(composed.config).seed)
+        with alone(run.path):
+            refuse_occupied(path)
+            _start_job(run, composed, overrides)
+    except (ConfigError, RunError) as error:  # the directory is another run's
+        print(f"job {' '.join(overrides)} left out: {error}", file=sys.stderr)
+
+
+def _start_job(run: RunDirectory, composed: Composed, overrides: Sequence[str]) -> None:
     run.write_summary(status="failed", overrides=overrides)
     try:
-        start_run(replace(composed, config={**composed.config, "run_dir": str(run.path)}))
+        _start(run, composed, prepare(composed.config))
     except Exception as error:  # every other job of the sweep still has its turn
         run.write_summary(status="failed", error=f"{type(error).__name__}: {error}")
         print(f"job {' '.join(overrides)} failed: {error}", file=sys.stderr)
@@ -70,7 +87,8 @@ def resume_run(where: str, others: Sequence[str] = ()) -> None:
     """Continues the run in a directory as if it had never stopped.
 
     Raises:
-        RunError: there is no run, it has finished, or its checkpoint cannot be used.
+        RunError: there is no run, another process trains it, it has finished, or its checkpoint
+            cannot be used. Nothing was overwritten then.
         ConfigError: its config does not fit this version of the project.
     """
     if others:
@@ -83,13 +101,27 @@ def resume_run(where: str, others: Sequence[str] = ()) -> None:
         raise RunError(f"a run resumes from its last checkpoint; give its directory: {run.path}")
     config = run.read_config()
     check_config(config)
-    step = _resume_step(run, config)
-    if run.read_summary().get("status") == "finished":
-        raise RunError(f"the run in {run.path} has finished, after {step} steps")
-    prepared = prepare(config, resumed=bool(step))
-    if step:
-        check_router(read_checkpoint(run.last, mapped=True), prepared.task)
-    _report(run, prepared, train(prepared, run, resume_step=step))
+    with alone(run.path):
+        step = _resume_step(run, config)
+        if run.read_summary().get("status") == "finished":
+            raise RunError(f"the run in {run.path} has finished, after {step} steps")
+        prepared = prepare(config, resumed=bool(step))
+        if step:
+            _check_resumable(run.last, prepared)
+        _report(run, prepared, train(prepared, run, resume_step=step))
+
+
+def _check_resumable(path: Path, prepared: Prepared) -> None:
+    checkpoint = read_checkpoint(path, mapped=True)
+    check_router(checkpoint, prepared.task)
+    problems = resume_problems(checkpoint, prepared.config, prepared.model, prepared.task)
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise RunError(
+            f"{path} is not what this run saved; nothing was loaded or overwritten.{lines}\n"
+            "Put the checkpoint back, or start a new run with start_from=CHECKPOINT, which takes "
+            "weights alone"
+        )
 
 
 def _resume_step(run: RunDirectory, config: Config) -> int:
@@ -97,7 +129,10 @@ def _resume_step(run: RunDirectory, config: Config) -> int:
     if run.last.exists():
         checkpoint = read_checkpoint(run.last)
         check_same_run(checkpoint, config, run.last)
-        return int(checkpoint["global_step"])
+        step, end = int(checkpoint["global_step"]), config["trainer"]["max_steps"]
+        if step > end:
+            raise RunError(f"{run.last} is of step {step}, and the run has {end} steps")
+        return step
     if read_metrics(run.metrics):
         raise RunError(
             f"{run.path} has metrics but no {run.last.name}; resuming would begin again and drop "

@@ -17,7 +17,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from harness.run_directory import RunDirectory, rank, write_atomically
+from harness.run_directory import RunDirectory, RunError, rank, write_atomically
+from layers.regular_file import read_regular
 
 STEP = "step"
 
@@ -79,15 +80,23 @@ class MetricsFile(Logger):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv, each with the metrics it holds; a row cut short is left out."""
-    if not path.exists():
+    """The rows of a metrics.csv, each with the metrics it holds; a row cut short is left out.
+
+    Raises:
+        RunError: the file cannot be read, or its rows are not of numbers.
+    """
+    try:
+        text = read_regular(path).decode()
+        whole = text[: text.rfind("\n") + 1]
+        reader = csv.DictReader(io.StringIO(whole))
+        rows = [{k: float(v) for k, v in row.items() if v} for row in reader]
+        return [{**row, STEP: int(row[STEP])} for row in rows]
+    except FileNotFoundError:
         return []
-    with path.open(newline="") as file:
-        text = file.read()
-    whole = text[: text.rfind("\n") + 1]
-    reader = csv.DictReader(io.StringIO(whole))
-    rows = ({k: float(v) for k, v in row.items() if v} for row in reader)
-    return [{**row, STEP: int(row[STEP])} for row in rows]
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
+        raise RunError(f"{path} is damaged ({error}); mend its rows, or start a new run") from error
 
 
 def last_validation(path: Path, step: int) -> dict[str, float]:

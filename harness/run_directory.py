@@ -3,7 +3,7 @@
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from harness.check import Config, ConfigError
 from layers.atomic_file import replacing
+from layers.regular_file import read_regular
 
 RUNS = Path("runs")
 _SHARED = "MNEME_RUN_DIR"  # how the processes of one run agree on its directory
@@ -112,14 +113,27 @@ class RunDirectory:
             RunError: there is none, or it is not one.
         """
         try:
-            config = yaml.safe_load(self.config.read_text())
-        except OSError as error:
+            config = yaml.safe_load(read_regular(self.config).decode())
+        except FileNotFoundError as error:
             raise RunError(f"{self.path} is not a run directory: it has no config.yaml") from error
-        except yaml.YAMLError as error:
+        except OSError as error:
+            raise RunError(f"cannot read {self.config}: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise RunError(f"{self.config} is not YAML: {error}") from error
         if not isinstance(config, dict):
             raise RunError(f"{self.config} does not hold a config")
         return config
+
+    def add_evaluations(self, rows: Iterable[str]) -> None:
+        """Appends lines to evaluations.jsonl.
+
+        Raises:
+            RunError: there is something else in its place.
+        """
+        if self.evaluations.exists() and not self.evaluations.is_file():
+            raise RunError(f"{self.evaluations} is not a regular file; remove it")
+        with self.evaluations.open("a") as out:
+            out.writelines(rows)
 
     def write_summary(self, **facts: Any) -> dict[str, Any]:
         """Adds facts to summary.json and returns the whole."""
@@ -130,12 +144,16 @@ class RunDirectory:
 
     def read_summary(self) -> dict[str, Any]:
         """What summary.json holds so far."""
-        if not self.summary.exists():
-            return {}
         try:
-            summary: dict[str, Any] = json.loads(self.summary.read_text())
-        except json.JSONDecodeError as error:
+            summary = json.loads(read_regular(self.summary))
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise RunError(f"cannot read {self.summary}: {error.strerror}") from error
+        except ValueError as error:
             raise RunError(f"{self.summary} is not JSON: {error}") from error
+        if not isinstance(summary, dict):
+            raise RunError(f"{self.summary} does not hold a summary")
         return summary
 
 
@@ -194,7 +212,7 @@ def find_run(where: str | Path) -> tuple[RunDirectory, Path | None]:
     path = Path(where)
     if str(where) and path.is_dir():
         return RunDirectory(path), None
-    if path.is_file():
+    if path.is_file():  # neither a fifo nor a device
         return RunDirectory(path.absolute().parent.parent), path
     raise RunError(f"there is no run at {path}; give a run directory or a checkpoint file")
 

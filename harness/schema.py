@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger
 from torch.optim import Optimizer
 
 from harness.check import (
@@ -51,7 +50,7 @@ GROUPS = {
         Trainer,
         given=("callbacks", "default_root_dir", "enable_checkpointing", "logger", "plugins"),
     ),
-    "logger": Group((Dashboard, Logger), optional=True),
+    "logger": Group(Dashboard, optional=True),
 }
 
 

@@ -1,4 +1,9 @@
-"""Which classes a config may name: those of this project, torch's parts, Lightning's."""
+"""Which classes a config may name: this project's, torch's parts, Lightning's trainer.
+
+A config may come with a run or a checkpoint from elsewhere, so nothing that it can name writes to a
+path of its own or calls a server: of loggers only the dashboards of this project, which write into
+the run directory, and no callbacks and profilers of Lightning's.
+"""
 
 import difflib
 import importlib
@@ -11,15 +16,14 @@ ALLOWED = (
     "ops.test_time",
     "models",
     "tasks",
-    "harness.loggers",
+    "harness.loggers.TensorBoard",
+    "harness.loggers.Wandb",
     "torch.nn",
     "torch.optim",
     "lightning.pytorch.Trainer",
     "lightning.pytorch.trainer",
-    "lightning.pytorch.callbacks",
-    "lightning.pytorch.loggers",
-    "lightning.pytorch.profilers",
-    "lightning.pytorch.strategies",
+    "lightning.pytorch.strategies.DDPStrategy",
+    "lightning.pytorch.strategies.ddp.DDPStrategy",
 )
 
 
@@ -43,7 +47,7 @@ def resolve_target(name: object) -> type:
     found = _find(name)
     if not inspect.isclass(found):
         raise TargetError(f"{name} is not a class{suggest(name, _siblings(name))}")
-    if not _allowed(found.__module__):
+    if not _allowed(f"{found.__module__}.{found.__qualname__}"):
         raise TargetError(
             f"{name} is {found.__module__}.{found.__qualname__}, which is not allowed"
         )

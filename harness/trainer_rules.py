@@ -13,6 +13,8 @@ REFUSED_TRAINER_OPTIONS = {
     "limit_train_batches": _NO_EPOCHS,
     "overfit_batches": _NO_EPOCHS,
     "fast_dev_run": "it leaves no run behind; set max_steps to a few instead",
+    "profiler": "it would write outside of the run directory, or nowhere; profile the program "
+    "from outside, for example by `py-spy record -- python train.py ...`",
     "max_time": "stop the run with SIGTERM instead, for example by `timeout 2h`; it saves itself",
 }
 

@@ -78,7 +78,7 @@ def prepare(config: Config, *, resumed: bool = False) -> Prepared:
     if chosen.train_only == "bank":
         freeze_all_but_bank(model)
     with blaming("optimizer"):
-        make_optimizer(model, _optimizer(config))
+        make_optimizer(model, optimizer_factory(config))
     with blaming("schedule"):
         build(config["schedule"])
     return Prepared(config, task, model, costs, anchor)
@@ -176,9 +176,9 @@ def _start(prepared: Prepared) -> dict[str, Any]:
 def _loggers(config: Config, run: RunDirectory, resume_step: int) -> Iterator[list[Logger]]:
     """metrics.csv and, where one is chosen, a dashboard that is closed whatever happens."""
     loggers: list[Logger] = [MetricsFile(run.metrics, resume_step)]
-    dashboard: Dashboard | Logger | None = build(config.get("logger"))
-    if not isinstance(dashboard, Dashboard):  # none, or one of Lightning's own loggers
-        yield loggers if dashboard is None else [*loggers, dashboard]
+    dashboard: Dashboard | None = build(config.get("logger"))
+    if dashboard is None:
+        yield loggers
         return
     say(dashboard.hint(run))
     try:
@@ -199,7 +199,7 @@ def blaming(group: str) -> Iterator[None]:
 def _module(config: Config, model: LanguageModel, task: Task) -> SequenceModule:
     return SequenceModule(
         model,
-        optimizer=_optimizer(config),
+        optimizer=optimizer_factory(config),
         schedule=build(config["schedule"]),
         metrics=task.metrics,
         log_every=config["trainer"].get("log_every_n_steps", 50),
@@ -208,7 +208,8 @@ def _module(config: Config, model: LanguageModel, task: Task) -> SequenceModule:
     )
 
 
-def _optimizer(config: Config) -> OptimizerFactory:
+def optimizer_factory(config: Config) -> OptimizerFactory:
+    """Makes the optimiser of a checked config from parameter groups."""
     return lambda groups: build(config["optimizer"], params=groups)
 
 

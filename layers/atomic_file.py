@@ -1,11 +1,14 @@
 """Files that are replaced whole, so that no reader and no crash ever sees a part of one."""
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")  # what `replacing` calls a file until it is whole
 
 
 @contextmanager
@@ -26,6 +29,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)  # or a power cut could undo the renaming
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what `replacing` left in a folder when its process was killed.
+
+    Only for whoever knows that nobody else writes there now.
+    """
+    for path in folder.glob(".*"):
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from layers.atomic_file import replacing
 from layers.protocol import require_at_least
+from layers.regular_file import open_regular
 
 BLOCK_ROWS = 4096  # that are written at a time and share a checksum; another number, a new version
 
@@ -192,7 +193,7 @@ class TableFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 self.layout, self._checksums = self._read_head(file)
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError as error:

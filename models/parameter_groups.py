@@ -27,6 +27,11 @@ def make_optimizer(
         group["lr"] = group["lr"] * group.pop("lr_multiplier", 1.0)
         if group["max_lr"] is not None:
             group["lr"] = min(group["lr"], group["max_lr"])
+    return with_tables(optimizer)
+
+
+def with_tables(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimiser itself, or one that writes the tables of its groups row by row, if any are."""
     by_rows = any("update" in group for group in optimizer.param_groups)
     return WithTables(optimizer) if by_rows else optimizer
 

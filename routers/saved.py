@@ -65,6 +65,8 @@ def read(folder: Path) -> tuple[dict[str, Any], Arrays]:
         RouterError: a file is not there, or not as it was written.
     """
     file = folder / NAME
+    if not file.is_file():  # a fifo would be waited for
+        raise RouterError(f"{folder} has no router that can be read: {file} is no file")
     try:
         told = json.loads(file.read_bytes())
         version, identity, sha256 = told["format"], str(told["hash"]), told["arrays"]
@@ -88,6 +90,8 @@ def _arrays_of(folder: Path, identity: str) -> Path:
 
 
 def _read_arrays(file: Path, sha256: str) -> Arrays:
+    if not file.is_file():
+        raise RouterError(f"cannot read the router's arrays: {file} is no file")
     try:
         content = file.read_bytes()
     except OSError as error:

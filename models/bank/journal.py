@@ -23,6 +23,7 @@ from typing import BinaryIO, NamedTuple
 import xxhash
 
 from layers.atomic_file import replacing, sync_folder
+from layers.regular_file import open_regular
 from models.bank.errors import BankError
 from models.bank.layout import WORD
 from models.bank.level_file import read_header
@@ -97,7 +98,7 @@ def apply_journal(folder: Path) -> None:
     path = folder / JOURNAL
     with told(path):
         try:
-            journal = path.open("rb")
+            journal = open_regular(path)
         except FileNotFoundError:
             return
         with journal:
@@ -183,7 +184,7 @@ def _lock(folder: Path) -> Iterator[bool]:
 
 def _has_whole_journal(folder: Path) -> bool:
     try:
-        with (folder / JOURNAL).open("rb") as journal:
+        with open_regular(folder / JOURNAL) as journal:
             return bool(_index(journal))
     except FileNotFoundError:
         return False
@@ -215,7 +216,7 @@ def _require_in_level(folder: Path, name: str, places: list[tuple[int, int, int]
     remedy = f"which is no block of this bank; remove {JOURNAL}, or write the bank again"
     if not LEVEL_NAME.fullmatch(name):
         raise BankError(f"{folder / JOURNAL} would change {name!r}, {remedy}")
-    with (folder / name).open("rb") as file:
+    with open_regular(folder / name) as file:
         layout = read_header(folder / name, file)
     for _, offset, length in places:
         if not layout.table <= offset <= offset + length <= layout.file_bytes:

@@ -11,6 +11,7 @@ import xxhash
 from jaxtyping import Float, UInt64
 from torch import Tensor
 
+from layers.regular_file import open_regular
 from models.bank.errors import BankError
 from models.bank.layout import PAGE, VERSION, WORD, Bytes, LevelLayout
 
@@ -45,7 +46,7 @@ class LevelFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 self.layout = read_header(path, file)
                 self.checksums = _read_checksums(path, file, self.layout)
         except OSError as error:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import xxhash
 
 from layers.memory_bank import BankShape
+from layers.regular_file import open_regular, read_regular
 from models.bank.errors import BankError
 from models.bank.journal import JOURNAL, LEVEL_NAME, complete_edit
 from models.bank.layout import PAGE, VERSION, Dtype, LevelLayout, levels_of, shape_from_json
@@ -98,7 +99,7 @@ def read_manifest(
     complete_edit(folder)
     path = folder / MANIFEST
     try:
-        data = path.read_bytes()
+        data = read_regular(path)
     except FileNotFoundError as error:
         raise BankError(f"there is no memory bank in {folder}: it has no {MANIFEST}") from error
     except OSError as error:
@@ -224,7 +225,7 @@ def _state(folder: Path) -> dict[str, tuple[int, bytes]]:
     with suppress(OSError):
         for path in folder.iterdir():
             if path.name == MANIFEST or LEVEL_NAME.fullmatch(path.name):
-                with suppress(OSError), path.open("rb", buffering=0) as file:
+                with suppress(OSError), open_regular(path) as file:
                     found[path.name] = (path.stat().st_mtime_ns, file.read(2 * PAGE))
     return found
 

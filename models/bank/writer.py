@@ -14,6 +14,7 @@ from torch import Tensor
 
 from layers.atomic_file import replacing, sync_folder
 from layers.memory_bank import BankShape
+from layers.regular_file import read_regular
 from models.bank.errors import BankError
 from models.bank.journal import JOURNAL, LEVEL_NAME, apply_journal, locked, remove_journal, told
 from models.bank.layout import Dtype, LevelLayout
@@ -132,7 +133,7 @@ def _in_use(folder: Path) -> set[int]:
     if not path.exists():
         return set()
     try:
-        return {Manifest.from_bytes(path, path.read_bytes()).generation}
+        return {Manifest.from_bytes(path, read_regular(path)).generation}
     except (BankError, OSError):
         return set(_generations(folder).values())
 
@@ -140,7 +141,7 @@ def _in_use(folder: Path) -> set[int]:
 def _names(folder: Path, manifest: Manifest) -> bool:
     """Whether the folder has this manifest."""
     with suppress(OSError):
-        return (folder / MANIFEST).read_bytes() == manifest.to_bytes()
+        return read_regular(folder / MANIFEST) == manifest.to_bytes()
     return False
 
 

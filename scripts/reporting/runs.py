@@ -16,6 +16,7 @@ from harness.compose import compose_checked
 from harness.loggers import STEP, read_metrics
 from harness.run_directory import RunDirectory, RunError
 from harness.targets import TargetError, resolve_target
+from layers.regular_file import read_regular
 from tasks.base import Task
 
 _LISTED = 30  # names of what is known, in a message about what is not
@@ -188,7 +189,7 @@ def _evaluations(path: Path) -> list[dict[str, Any]]:
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_regular(path).decode().splitlines(), start=1):
         try:
             yield json.loads(line)
         except json.JSONDecodeError as error:

@@ -107,6 +107,8 @@ class Words:
             ValueError: there is none, or it is damaged.
         """
         path = Path(folder) / WORDS_FILE
+        if path.exists() and not path.is_file():  # a fifo would be waited for
+            raise ValueError(f"{path} does not hold a list of words: it is no file")
         try:
             return cls(path.read_text(encoding="utf-8").splitlines())
         except (OSError, ValueError) as error:

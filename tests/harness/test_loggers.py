@@ -104,12 +104,6 @@ def test_tensorboard_writes_into_the_run_directory(train_tiny):
     assert list(run.path.glob("tensorboard/events*"))
 
 
-def test_a_logger_of_lightning_can_be_named(train_tiny, tmp_path):
-    target = "logger._target_=lightning.pytorch.loggers.CSVLogger"
-    train_tiny("logger=tensorboard", target, f"logger.save_dir={tmp_path / 'elsewhere'}")
-    assert list((tmp_path / "elsewhere").rglob("metrics.csv"))
-
-
 def test_a_wrong_wandb_mode_is_named():
     with pytest.raises(ValueError, match="online, offline or null, got 'sometimes'"):
         loggers.Wandb(mode="sometimes")

@@ -39,7 +39,11 @@ def test_what_is_not_a_class_is_refused(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["harness.loggers.Path", "lightning.pytorch.trainer.trainer.Path", "models.generation.Tensor"],
+    [
+        "tasks.text.corpus.Path",
+        "lightning.pytorch.trainer.trainer.Path",
+        "models.generation.Tensor",
+    ],
 )
 def test_a_class_reached_through_a_modules_imports_is_refused(name):
     with pytest.raises(TargetError, match=r"which is not allowed|is not a class"):
