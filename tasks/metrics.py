@@ -19,6 +19,8 @@ from torch import Tensor
 
 from tasks.batch import IGNORE, Batch
 
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
+
 # Scored positions turned to fp32 at a time: 128 MiB at a vocabulary of 8192, whatever the batch.
 ROWS = 4096
 
