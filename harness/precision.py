@@ -4,7 +4,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import Precision
 
-from harness.check import Config
+from harness.check import Config, blaming
 from harness.console import quiet_libraries
 
 
@@ -18,13 +18,14 @@ def run_precision(config: Config) -> Precision:
         config: of the run, checked.
     """
     quiet_libraries()
-    trainer = Trainer(
-        precision=config["trainer"].get("precision"),
-        accelerator="gpu" if torch.cuda.is_available() else "cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    with blaming("trainer.precision", ImportError):
+        trainer = Trainer(
+            precision=config["trainer"].get("precision"),
+            accelerator="gpu" if torch.cuda.is_available() else "cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
     return trainer.precision_plugin

@@ -28,7 +28,7 @@ from harness.checkpoints import (
     checkpoint_vocabulary,
     read_checkpoint,
 )
-from harness.cli import report_errors
+from harness.cli import report_errors, whole_number
 from harness.evaluation import check_fit, restore_model
 from harness.precision import run_precision
 from harness.run_directory import RunError, find_run
@@ -208,8 +208,10 @@ def _row(deletion: Deletion) -> dict[str, str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python scripts/delete_blocks.py", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="a run directory, or one of its checkpoints")
-    parser.add_argument("--leaves", type=int, default=4, help="how many ways to delete from")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of leaves")
+    parser.add_argument(
+        "--leaves", type=whole_number(1), default=4, help="how many ways to delete from"
+    )
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the choice of leaves")
     parser.add_argument("--split", choices=["val", "test"], default="val")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="put the table there")
     parser.add_argument("--name", default="deletion", help="of the table, in the file's markers")

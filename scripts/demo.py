@@ -84,5 +84,8 @@ def _rows(evaluations: list[Evaluation], length: str) -> list[list[str]]:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        sys.exit(0)
     with report_errors():
         show([train_and_test(mixer, sys.argv[1:]) for mixer in MIXERS])
