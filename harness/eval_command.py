@@ -1,6 +1,7 @@
 """What `eval.py` does with its command line."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -8,12 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.pytorch.plugins.precision import Precision
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from harness.build import build
-from harness.check import TARGET, Config, ConfigError
+from harness.check import TARGET, Config, ConfigError, blaming
 from harness.checkpoints import (
     check_router,
     checkpoint_config,
@@ -23,9 +25,10 @@ from harness.checkpoints import (
 from harness.compose import CONFIG_DIR, compose_group, parse_overrides
 from harness.console import EvalProgress, reference_line
 from harness.evaluation import Evaluation, FitError, check_fit, evaluate, lengthened, restore_model
-from harness.model_rules import NO_TABLE
+from harness.model_rules import NO_TABLE, check_size
+from harness.precision import run_precision
 from harness.provenance import provenance
-from harness.run_directory import RunDirectory, RunError, find_run
+from harness.run_directory import RunDirectory, RunError, find_run, finite
 from harness.schema import check_config, check_options
 from harness.signatures import signature_of
 from harness.targets import resolve_target
@@ -37,7 +40,6 @@ from harness.telemetry import (
     record_trace,
     write_telemetry,
 )
-from harness.training import blaming
 from harness.usage_page import print_usage, write_usage
 from layers import Usage, metering, reads_tables, with_shared_tables
 from models import LanguageModel
@@ -83,26 +85,25 @@ def evaluate_command(arguments: Sequence[str]) -> list[Evaluation]:
     check_config(config)
     task = _with_vocabulary_of(run, _task_config(config, task_overrides))
     given_length = "task.seq_len" in parse_overrides(task_overrides)
-    tasks = _tasks(task, asked.lengths or _default_lengths(task, given_length))
-    model = restore_model(config, checkpoint)
+    tasks = _tasks(config, task, asked.lengths or _default_lengths(task, given_length))
+    model, precision = restore_model(config, checkpoint), run_precision(config)
     check_fit(checkpoint_vocabulary(checkpoint), model, tasks[0])
     check_router(checkpoint, tasks[0])
     if asked.telemetry:
-        _check_telemetry(run, model)
+        _check_telemetry(run, model, precision)
     if asked.usage:
         _check_usage(run, model)
-    precision = config["trainer"].get("precision", "32-true")
     cases = [(built, carry) for built in tasks for carry in _carries(asked.carry, built)]
-    score = partial(evaluate, model, split=asked.split, precision=precision)
+    score = partial(evaluate, model, precision=precision, split=asked.split)
     with EvalProgress() as progress:
         results = [
             score(built, carry=carry, after_batch=progress.begin(f"{built.seq_len:,} tokens"))
             for built, carry in cases
         ]
-    print_evaluations(results, f"{file} on {task[TARGET]} ({asked.split})")
-    print(reference_line(tasks[0], asked.split))
     if run.config.exists():
         _record(run, file, asked, task, results)
+    print_evaluations(results, f"{file} on {task[TARGET]} ({asked.split})")
+    print(reference_line(tasks[0], asked.split))
     title = f"{run.name}, {file.name} on {tasks[0].name} ({asked.split})"
     if asked.usage:
         with metering() as meter:  # in a pass of its own: recorded speeds are without a meter
@@ -110,7 +111,7 @@ def evaluate_command(arguments: Sequence[str]) -> list[Evaluation]:
         _report_usage(with_shared_tables(model, meter.by_layer(model)), run, title)
     if asked.telemetry:
         trace = record_trace(
-            model, tasks[0], split=asked.split, count=asked.telemetry, precision=precision
+            model, tasks[0], precision=precision, split=asked.split, count=asked.telemetry
         )
         _report(trace, write_telemetry(run.telemetry, trace, tasks[0], title))
     return results
@@ -134,6 +135,8 @@ def print_evaluations(results: Sequence[Evaluation], title: str) -> None:
 def _number(value: float | None) -> str:
     if value is None:
         return ""
+    if not math.isfinite(value):
+        return str(value)
     return f"{value:,.0f}" if value == int(value) and value > 1 else f"{value:.4f}"
 
 
@@ -166,10 +169,12 @@ def _task_config(config: Config, overrides: Sequence[str]) -> Config:
     return task
 
 
-def _tasks(config: Config, lengths: Sequence[int]) -> list[Task]:
+def _tasks(config: Config, of: Config, lengths: Sequence[int]) -> list[Task]:
+    """A task at several lengths, prepared for the model of a run's config."""
     with blaming("task"):
-        tasks: list[Task] = [build(lengthened(config, multiple)) for multiple in lengths]
+        tasks: list[Task] = [build(lengthened(of, multiple)) for multiple in lengths]
         for task in tasks:
+            check_size(config, task)
             task.prepare_data()
     return tasks
 
@@ -213,11 +218,11 @@ def _report_usage(usage: Mapping[str, Usage], run: RunDirectory, title: str) -> 
     print("\n".join(map(str, write_usage(run.usage, usage, title))))
 
 
-def _check_telemetry(run: RunDirectory, model: LanguageModel) -> None:
+def _check_telemetry(run: RunDirectory, model: LanguageModel, precision: Precision) -> None:
     """Raises RunError or FitError where there would be nothing to write, or nowhere."""
     _require_run(run, "telemetry")
     files = sorted((CONFIG_DIR / "mixer").glob("*.yaml"))
-    check_surprise(model, [file.stem for file in files if _learns_at_test_time(file)])
+    check_surprise(model, precision, [file.stem for file in files if _learns_at_test_time(file)])
 
 
 def _learns_at_test_time(mixer: Path) -> bool:
@@ -244,7 +249,7 @@ def _report(trace: Trace, files: Sequence[Path]) -> None:
 def _record(
     run: RunDirectory, file: Path, asked: EvalOptions, task: Config, results: Sequence[Evaluation]
 ) -> None:
-    """Appends a row per result to the run's evaluations.jsonl."""
+    """Appends a row per result to the run's evaluations.jsonl; null for what is not finite."""
     facts: dict[str, Any] = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "checkpoint": file.name,
@@ -252,5 +257,5 @@ def _record(
         "task": task,
         **provenance(),
     }
-    rows = [json.dumps(facts | asdict(result)) + "\n" for result in results]
+    rows = [json.dumps(finite(facts | asdict(result))) + "\n" for result in results]
     run.add_evaluations(rows)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.precision import Precision
 
 from harness.build import build
 from harness.check import TARGET, Config
@@ -44,7 +45,10 @@ class Evaluation:
 
 
 def restore_model(config: Config, checkpoint: dict[str, Any]) -> LanguageModel:
-    """The model of a checked config with the weights of a checkpoint, ready to evaluate."""
+    """The model of a checked config with the weights of a checkpoint, ready to evaluate.
+
+    Weights have the types of the run; compute with them in `run_precision`.
+    """
     model = build_model(config, build(config["task"]))
     load_weights(model, checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,9 +106,9 @@ def evaluate(
     model: LanguageModel,
     task: Task,
     *,
+    precision: Precision,
     split: EvalSplit = "test",
     carry: bool = False,
-    precision: str = "32-true",
     after_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Scores a model on a task's fixed set.
@@ -112,10 +116,10 @@ def evaluate(
     Args:
         model: in eval mode, on the device to use.
         task: one that fits the model; prepared here.
+        precision: the run's, `run_precision`.
         split: which set.
         carry: start each batch from the state in which the one before ended; only for a task whose
             batches continue each other, row by row.
-        precision: the trainer's; "bf16-mixed" evaluates in bf16 where training did.
         after_batch: called with the number of batches that are scored.
 
     Raises:
@@ -125,10 +129,9 @@ def evaluate(
         raise FitError(f"the task {task.name!r} has independent examples: no state to carry")
     task.prepare_data()
     metrics, state, tokens, seconds, held = task.metrics(), None, 0, 0.0, 0
-    device = next(model.parameters()).device
     for number, batch in enumerate(task.eval_batches(split), start=1):
         started = time.perf_counter()
-        with mixed_precision(device, precision):
+        with precision.forward_context():
             state = _score(model, batch, metrics, state if carry else None)
         seconds += time.perf_counter() - started
         tokens += batch.inputs.numel()
@@ -144,11 +147,6 @@ def evaluate(
         state_bytes=held,
         tokens_per_second=tokens / seconds,
     )
-
-
-def mixed_precision(device: torch.device, precision: str) -> torch.autocast:
-    """A context that computes in bf16 where a trainer of that precision does."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
 @torch.inference_mode()

@@ -166,7 +166,8 @@ def _outcome(row: Mapping[str, Any]) -> str:
     if row.get("status") != "finished":
         return f"{row.get('status')}: {' '.join(str(row.get('error')).split())}"
     main = ("val/accuracy", "val/bits_per_byte", "val/loss")
-    return "  ".join(f"{k}={row['metrics'][k]:.4f}" for k in main if k in row["metrics"])
+    known = {key: row["metrics"].get(key) for key in main}
+    return "  ".join(f"{key}={value:.4f}" for key, value in known.items() if value is not None)
 
 
 def _report(run: RunDirectory, prepared: Prepared, summary: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from harness.run_directory import RunDirectory, RunError, rank, write_atomically
@@ -127,17 +128,21 @@ class Wandb(Dashboard):
 
     Args:
         project: the project's name there.
-        mode: "online", "offline", or None to decide by whether the user is logged in.
+        mode: "online", "offline", or None to decide by whether the user is logged in. WANDB_MODE
+            and WANDB_DISABLED go before it: the machine's word before the run's.
     """
 
     def __init__(self, *, project: str = "mneme", mode: str | None = None) -> None:
         if mode not in (None, "online", "offline"):
             raise ValueError(f"mode must be online, offline or null, got {mode!r}")
         self.project = project
-        self.offline = mode == "offline" or (mode is None and not logged_in())
+        mode = _environments_mode() or mode or ("online" if logged_in() else "offline")
+        self.offline, self.disabled = mode == "offline", mode == "disabled"
 
     def make(self, run: RunDirectory, config: dict[str, Any]) -> Logger:
         """A run with the directory's name; a resumed run continues under the same id."""
+        if self.disabled:
+            return DummyLogger()
         if rank() != 0:
             return WandbLogger(offline=True)  # starts nothing: rank zero alone has a run
         if self.offline:  # crash reports would be sent all the same
@@ -158,12 +163,16 @@ class Wandb(Dashboard):
 
     def close(self) -> None:
         """Finishes the wandb run, which the library would otherwise hand to the next logger."""
+        if self.disabled:
+            return
         import wandb
 
         wandb.finish()
 
     def hint(self, run: RunDirectory) -> str:
         """How to see it."""
+        if self.disabled:
+            return "wandb: disabled by WANDB_MODE or WANDB_DISABLED in the environment"
         if not self.offline:
             return f"wandb: project {self.project!r}, run {run.name}"
         return (
@@ -187,10 +196,24 @@ class TensorBoard(Dashboard):
         return f"tensorboard: `tensorboard --logdir {run.path}`"
 
 
+def _environments_mode() -> str | None:
+    """What WANDB_DISABLED and WANDB_MODE ask for, as wandb reads them; None if they are not set.
+
+    Raises:
+        ValueError: a mode that wandb does not have.
+    """
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "y", "t", "on"):
+        return "disabled"
+    mode = os.environ.get("WANDB_MODE", "")
+    modes = {"": None, "run": "online", "dryrun": "offline"}  # the last two are its older names
+    modes |= {known: known for known in ("online", "offline", "disabled")}
+    if mode not in modes:
+        raise ValueError(f"WANDB_MODE must be online, offline or disabled, got {mode!r}")
+    return modes[mode]
+
+
 def logged_in() -> bool:
     """Whether the user has a key for Weights & Biases, found without importing it."""
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"] == "online"
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:

@@ -1,6 +1,7 @@
 """A run directory: the resolved config, metrics.csv, checkpoints, summary.json."""
 
 import json
+import math
 import os
 import uuid
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
-from harness.check import Config, ConfigError
+from harness.check import Config, ConfigError, blaming
 from layers.atomic_file import replacing
 from layers.regular_file import read_regular
 
@@ -139,7 +140,11 @@ class RunDirectory:
         """Adds facts to summary.json and returns the whole."""
         summary = {**self.read_summary(), **facts}
         if rank() == 0:
-            write_atomically(self.summary, json.dumps(summary, indent=2, default=str) + "\n")
+            text = json.dumps(finite(summary), indent=2, default=str) + "\n"
+            try:
+                write_atomically(self.summary, text)
+            except OSError:
+                _overwrite(self.summary, text.encode())
         return summary
 
     def read_summary(self) -> dict[str, Any]:
@@ -184,7 +189,8 @@ def new_run_directory(wanted: str | None, choices: Mapping[str, str], seed: int)
 def _claim(wanted: str | None, choices: Mapping[str, str], seed: int) -> Path:
     if wanted is not None:
         refuse_occupied(wanted)
-        Path(wanted).mkdir(parents=True, exist_ok=True)
+        with blaming("run_dir"):
+            Path(wanted).mkdir(parents=True, exist_ok=True)
         return Path(wanted)
     return claim_by_time(*(choices.get(g, "") for g in ("task", "mixer")), f"seed{seed}")
 
@@ -192,12 +198,14 @@ def _claim(wanted: str | None, choices: Mapping[str, str], seed: int) -> Path:
 def claim_by_time(*words: str) -> Path:
     """Makes a directory named by the time and words, which no other process has then."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    return _make_unique(RUNS / "_".join([stamp, *words]))
+    with blaming("run_dir"):
+        return _make_unique(RUNS / "_".join([stamp, *words]))
 
 
 def refuse_occupied(wanted: str | None) -> None:
     """Raises ConfigError if the directory asked for holds a run already."""
-    taken = wanted is not None and RunDirectory(Path(wanted)).config.exists()
+    with blaming("run_dir"):  # a name may be too long, or none that a system knows
+        taken = wanted is not None and RunDirectory(Path(wanted)).config.exists()
     if taken and _directory_of_rank_zero() is None:
         raise ConfigError(
             [
@@ -221,10 +229,27 @@ def find_run(where: str | Path) -> tuple[RunDirectory, Path | None]:
     raise RunError(f"there is no run at {path}; give a run directory or a checkpoint file")
 
 
+def finite(value: Any) -> Any:
+    """A value as JSON can hold it: nothing in the place of NaN and infinity, which JSON lacks."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file whole, so that no reader and no crash ever sees a part of it."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def _overwrite(path: Path, content: bytes) -> None:
+    """Replaces what a file holds in its own blocks: a full disk has no room for a second file."""
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, len(content))  # or nothing is changed
+        file.write(content)
+        file.truncate()
 
 
 def _directory_of_rank_zero() -> Path | None:

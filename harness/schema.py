@@ -91,6 +91,8 @@ class Options:
             for name, value in given.items()
             if value is not None and value < least[name]
         ]
+        if self.run_dir is not None and not self.run_dir.strip():
+            problems.append("run_dir: expected the path of a directory, got none; null names one")
         if problems:
             raise ConfigError(problems)
 
@@ -108,6 +110,7 @@ def check_config(config: Config, raw: Config | None = None) -> None:
     problems = list(_problems(config, config if raw is None else raw))
     if problems:
         raise ConfigError(problems)
+    options(config)  # which checks their ranges
 
 
 def check_options(values: Mapping[str, Any], schema: type) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 
 from harness.build import build
@@ -17,6 +18,7 @@ from harness.checkpoints import (
     model_weights,
     read_checkpoint,
 )
+from harness.precision import run_precision
 from harness.run_directory import RunDirectory, RunError
 from harness.schema import check_config
 from models import LanguageModel, generate
@@ -41,12 +43,14 @@ class Served:
 
     Attributes:
         model: reads `bank`.
+        precision: the run's, which the model computes in.
         bank: on disk.
         words: of prompts and answers.
         router: of prompts; None if the run kept none.
     """
 
     model: LanguageModel
+    precision: Precision
     bank: StoredBank
     words: Words
     router: Router | None
@@ -98,7 +102,10 @@ def load(
     """
     loaded = read_checkpoint(checkpoint, mapped=True)
     words = _words(run, checkpoint_vocabulary(loaded))
-    model = _anchor(checkpoint_config(loaded), loaded, len(words))
+    config = checkpoint_config(loaded)
+    check_config(config)
+    precision = run_precision(config)
+    model = _anchor(config, loaded, len(words), precision)
     if model.bank is None:
         raise RunError(f"{checkpoint}: no layer of this model reads a memory bank")
     router = Router.load(run.router) if run.router.exists() else None
@@ -108,10 +115,11 @@ def load(
         anchor=anchor_hash(model),
         cache_bytes=cache_bytes,
         read=read,
+        dtype=next(model.parameters()).dtype,
     )
     model.use_bank(stored)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Served(model.to(device).eval(), stored, words, router)
+    return Served(model.to(device).eval(), precision, stored, words, router)
 
 
 def _words(run: RunDirectory, vocabulary: str) -> Words:
@@ -126,11 +134,13 @@ def _words(run: RunDirectory, vocabulary: str) -> Words:
     return words
 
 
-def _anchor(config: Config, checkpoint: dict[str, Any], vocab_size: int) -> LanguageModel:
+def _anchor(
+    config: Config, checkpoint: dict[str, Any], vocab_size: int, precision: Precision
+) -> LanguageModel:
     """The model of a checkpoint; of its bank, nothing is allocated or read."""
-    check_config(config)
     options = build({key: value for key, value in config["model"].items() if key != TARGET})
     model = WithoutBlocks(vocab_size=vocab_size, **options)
+    precision.convert_module(model)
     blocks = {name: t for name, t in model.state_dict().items() if name.startswith(BANK)}
     model.load_state_dict(model_weights(checkpoint) | blocks)  # which have no numbers to copy
     return model
@@ -145,14 +155,14 @@ def answer(served: Served, prompt: str, *, route: int, tokens: int, temperature:
     ids = _ids(served, prompt)
     reads = replace(served.bank.reads)
     model = served.model
-    with torch.inference_mode():
+    with torch.inference_mode(), served.precision.forward_context():
         state = model.init_state(1, torch.tensor([route], device=ids.device))
+        started = _clock(ids.device)
+        new, state = generate(model, ids, 1, temperature=temperature, state=state)
+        read = _clock(ids.device)
+        more, _ = generate(model, new, tokens - 1, temperature=temperature, state=state)
+        ended = _clock(ids.device)
     now = served.bank.reads
-    started = _clock(ids.device)
-    new, state = generate(model, ids, 1, temperature=temperature, state=state)
-    read = _clock(ids.device)
-    more, _ = generate(model, new, tokens - 1, temperature=temperature, state=state)
-    ended = _clock(ids.device)
     return Answer(
         text=served.words.decode(torch.cat([new, more], dim=1)[0].tolist()),
         route=route,

@@ -76,11 +76,14 @@ def _hints(of: Callable[..., Any]) -> dict[str, Any]:
 def accepts(hint: Any, value: Any) -> bool:
     """Whether a plain config value fits an annotation; a list also serves as a tuple.
 
-    Every element of a list is looked at: beartype by itself samples one.
+    Every element of a list is looked at: beartype by itself samples one. `true` is no number,
+    though Python's bool is an int.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is _ANY:
         return True
+    if isinstance(value, bool) and hint in (int, float, complex):
+        return False
     if origin in (typing.Union, types.UnionType):
         return any(accepts(choice, value) for choice in arguments)
     if not isinstance(value, list) or not arguments:
@@ -95,6 +98,17 @@ def accepts(hint: Any, value: Any) -> bool:
     ):
         return all(accepts(arguments[0], element) for element in value)
     return False
+
+
+def element_of(hint: Any) -> Any:
+    """The annotation of what a list or mapping of this annotation holds; `object` if none says."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        found = [element_of(choice) for choice in arguments]
+        return next((inner for inner in found if inner is not object), object)
+    if not isinstance(origin, type) or not issubclass(origin, Iterable) or not arguments:
+        return object
+    return arguments[1] if issubclass(origin, Mapping) else arguments[0]
 
 
 def public_name(cls: type) -> str:

@@ -62,7 +62,7 @@ def _find(name: str) -> Any:
     module, _, attribute = name.rpartition(".")
     try:
         return getattr(importlib.import_module(module), attribute, None)
-    except ModuleNotFoundError:
+    except (ModuleNotFoundError, ValueError):  # of a name without a module
         return None
 
 
@@ -70,7 +70,7 @@ def _siblings(name: str) -> list[str]:
     module = name.rpartition(".")[0]
     try:
         members = vars(importlib.import_module(module))
-    except ModuleNotFoundError:
+    except (ModuleNotFoundError, ValueError):
         return []
     return [f"{module}.{key}" for key, value in members.items() if inspect.isclass(value)]
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 
-from harness.evaluation import FitError, mixed_precision
+from harness.evaluation import FitError
 from harness.run_directory import write_atomically
 from harness.surprise_page import Section, Token, page
 from layers import recording
@@ -59,15 +60,16 @@ class Trace:
         }
 
 
-def check_surprise(model: LanguageModel, mixers: Sequence[str]) -> None:
+def check_surprise(model: LanguageModel, precision: Precision, mixers: Sequence[str]) -> None:
     """Raises FitError unless some layer of the model reports its surprise.
 
     Args:
         model: on any device.
+        precision: the run's, `run_precision`.
         mixers: those that do, for the message.
     """
     token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-    with torch.inference_mode(), recording() as record:
+    with torch.inference_mode(), precision.forward_context(), recording() as record:
         model(token)
     if not any(SURPRISE in reports for reports in record.by_layer(model).values()):
         raise FitError(
@@ -77,22 +79,22 @@ def check_surprise(model: LanguageModel, mixers: Sequence[str]) -> None:
 
 
 def record_trace(
-    model: LanguageModel, task: Task, *, split: EvalSplit, count: int, precision: str = "32-true"
+    model: LanguageModel, task: Task, *, precision: Precision, split: EvalSplit, count: int
 ) -> Trace:
     """Reads the first sequence of a split, with the state carried all along.
 
     Args:
         model: in eval mode, on the device to use.
         task: prepared, one that fits the model.
+        precision: the run's, `run_precision`.
         split: which set.
         count: tokens to read. Where batches continue each other the sequence goes on through them;
             it may be shorter than asked for.
-        precision: the trainer's.
     """
     ids, targets, route = _first_sequence(task, split, count)
     device = next(model.parameters()).device
     bits = []
-    with torch.inference_mode(), mixed_precision(device, precision):
+    with torch.inference_mode(), precision.forward_context():
         # not recorded: some memories read before the first token
         state = model.init_state(1, None if route is None else route.to(device))
         with recording() as record:

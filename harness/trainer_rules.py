@@ -26,6 +26,9 @@ LENGTHS: dict[str, int | None] = {
     "accumulate_grad_batches": 1,
 }
 
+# Below these Lightning goes on, and does something else.
+LEAST = {"gradient_clip_val": 0, "num_sanity_val_steps": -1}
+
 
 def check_trainer(trainer: Any) -> Iterator[str]:
     """Yields the problems of a trainer's options."""
@@ -36,6 +39,10 @@ def check_trainer(trainer: Any) -> Iterator[str]:
             yield f"trainer.{key}: {reason}"
     if trainer.get("limit_val_batches", 1) == 0:
         yield "trainer.limit_val_batches: the best checkpoint needs a validation; give 1 or more"
+    for key, least in LEAST.items():
+        value = trainer.get(key)
+        if isinstance(value, int | float) and value < least:
+            yield f"trainer.{key}: expected {least} or more, got {value}"
     if trainer.get("gradient_clip_algorithm") not in (None, "norm"):
         yield "trainer.gradient_clip_algorithm: gradients are clipped by norm; leave it out"
     if str(trainer.get("precision")).startswith("16"):

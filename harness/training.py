@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from harness.anchor import Anchor, freeze_all_but_bank, start_from
 from harness.bank_files import SaveBank
 from harness.build import build
-from harness.check import Config, ConfigError
+from harness.check import Config, blaming
 from harness.checkpoints import (
     AtomicCheckpointIO,
     Checkpoints,
@@ -21,7 +20,8 @@ from harness.checkpoints import (
 )
 from harness.console import RunProgressBar, label, quiet_libraries, say
 from harness.loggers import Dashboard, MetricsFile, last_validation
-from harness.model_rules import check_model
+from harness.model_rules import check_model, check_size
+from harness.precision import run_precision
 from harness.provenance import config_hash, provenance
 from harness.run_directory import RunDirectory
 from harness.schema import options
@@ -80,13 +80,23 @@ def prepare(config: Config, *, resumed: bool = False) -> Prepared:
         make_optimizer(model, optimizer_factory(config))
     with blaming("schedule"):
         build(config["schedule"])
+    with blaming("logger"):
+        build(config.get("logger"))
+    with blaming("trainer", TypeError, ImportError):
+        trainer = build(config["trainer"], logger=False, enable_checkpointing=False)
+    with blaming("task"):
+        task.trainer = trainer
+        task.setup("fit")  # which compares what it counts with what the trainer will draw
+    task.trainer = None
     return Prepared(config, task, model, costs, anchor)
 
 
 def build_model(config: Config, task: Task) -> LanguageModel:
-    """The model of a config, with the vocabulary of its task and the run's seed."""
+    """The model of a config, with the vocabulary of its task, the run's seed and its precision."""
+    check_size(config, task)
     torch.manual_seed(options(config).seed)
     model: LanguageModel = build(config["model"], vocab_size=task.vocab_size)
+    run_precision(config).convert_module(model)
     return model
 
 
@@ -200,15 +210,6 @@ def _loggers(config: Config, run: RunDirectory, resume_step: int) -> Iterator[li
         yield [*loggers, dashboard.make(run, config)]
     finally:
         dashboard.close()
-
-
-@contextmanager
-def blaming(group: str) -> Iterator[None]:
-    """Turns the ValueErrors of constructors into a ConfigError that names the group."""
-    try:
-        yield
-    except (ValueError, MisconfigurationException) as error:
-        raise ConfigError([f"{group}: {error}"]) from error
 
 
 def _module(config: Config, model: LanguageModel, task: Task) -> SequenceModule:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.page import document
-from harness.run_directory import write_atomically
+from harness.run_directory import finite, write_atomically
 from layers import Usage
 
 LEFT, WIDTH, HEIGHT, TOP = 70, 560, 220, 30  # of a curve, in the picture's own units
@@ -40,7 +40,7 @@ def write_usage(folder: Path, usage: Mapping[str, Usage], title: str) -> list[Pa
     figures = {layer: found.metrics() for layer, found in usage.items()}
     body = "".join(_section(layer, found) for layer, found in usage.items())
     files = {
-        "usage.json": json.dumps(figures, indent=2) + "\n",
+        "usage.json": json.dumps(finite(figures), indent=2) + "\n",
         "usage.html": document(title, body),
     }
     for name, content in files.items():

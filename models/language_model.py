@@ -28,9 +28,11 @@ from layers import (
 )
 from layers.hierarchical_ffn import shape_of
 from layers.norm import RMSNorm
+from layers.protocol import require_at_least
 from layers.state_fit import Stateful
 from layers.table import NamedTables
 
+MOST_LAYERS = 10_000  # ten times the deepest that are known; a million would build for hours
 EMBEDDING_STD = 0.02  # GPT-2's; with a tied head it keeps the first logits near zero
 
 
@@ -60,8 +62,8 @@ class LanguageModel(Stateful):
     does not grow with depth (as GPT-2 does).
 
     Raises:
-        ValueError: the pattern holds no layer, n_layers is below 1, or layers that share a table or
-            the bank ask for different ones.
+        ValueError: the pattern holds no layer, a size is out of its range, or layers that share a
+            table or the bank ask for different ones.
     """
 
     def __init__(
@@ -76,9 +78,15 @@ class LanguageModel(Stateful):
         checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()
+        require_at_least(1, d_model=d_model, vocab_size=vocab_size)
+        if n_layers > MOST_LAYERS:
+            raise ValueError(f"n_layers must be {MOST_LAYERS:,} or less, got {n_layers:,}")
         blocks = [[recipe for recipe in block if recipe is not None] for block in pattern]
         if n_layers < 1 or not any(blocks):
-            raise ValueError(f"a model needs layers; got n_layers={n_layers}, pattern={pattern}")
+            raise ValueError(
+                f"a model needs layers; got n_layers={n_layers} and {len(pattern)} blocks with "
+                f"{sum(map(len, blocks))} layers as its pattern"
+            )
         self.vocab_size, self.checkpoint_blocks = vocab_size, checkpoint_blocks
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.dropout = nn.Dropout(dropout)

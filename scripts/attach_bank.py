@@ -22,10 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-from harness.cli import report_errors
+from harness.cli import number, report_errors, whole_number
 from harness.run_directory import RunError
 from layers.memory_bank import GENERIC, BankOptions
-from layers.protocol import require_at_least
 from models import Cosine, make_optimizer
 from models.bank.attach import AttachedBank, attach_bank
 from routers import Router
@@ -146,7 +145,6 @@ def run(arguments: Sequence[str]) -> Losses:
     asked = _parser().parse_args(arguments)
     torch.manual_seed(asked.seed)
     with _blamed():
-        require_at_least(1, steps=asked.steps, batch=asked.batch)
         router = Router.load(asked.router)
         options = BankOptions(router.branching, _units(asked.hidden, router.depth))
         model, tokenizer = _load(asked.model)
@@ -174,16 +172,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="of the bank")
     units = f"units of each level, such as 64,16; default {UNITS}, then a quarter each"
     parser.add_argument("--hidden", type=_comma_separated, help=units)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--lr", type=float, default=1e-3, help="the paper has 1e-4 for long runs")
-    parser.add_argument("--batch", type=int, default=16, help="texts of a step")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a text at most")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=whole_number(1), default=1000)
+    parser.add_argument(
+        "--lr", type=number(0), default=1e-3, help="the paper has 1e-4 for long runs"
+    )
+    parser.add_argument("--batch", type=whole_number(1), default=16, help="texts of a step")
+    parser.add_argument(
+        "--length", type=whole_number(2), default=512, help="tokens of a text at most"
+    )
+    parser.add_argument("--seed", type=whole_number(0), default=0)
     return parser
 
 
 def _comma_separated(numbers: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in numbers.split(","))
+    return tuple(map(whole_number(1), numbers.split(",")))
 
 
 @contextmanager

@@ -19,12 +19,20 @@ def names() -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Run the benchmark that the first argument names; 2 if there is no such benchmark."""
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(
+            f"{__doc__.strip()}\n\nThere are: {', '.join(names())}; --help after a name says more."
+        )
+        return 0
     if not arguments or arguments[0] not in names():
         given = f"no benchmark '{arguments[0]}'" if arguments else "name a benchmark"
         print(f"{given}; there are: {', '.join(names())}", file=sys.stderr)
         return 2
     sys.path.insert(0, str(ROOT))
-    importlib.import_module(f"scripts.benchmarks.{arguments[0]}").run(arguments[1:])
+    from harness.cli import report_errors
+
+    with report_errors():
+        importlib.import_module(f"scripts.benchmarks.{arguments[0]}").run(arguments[1:])
     return 0
 
 

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.build import build
+from harness.check import blaming
 from harness.cli import report_errors
 from harness.compose import compose_checked
-from harness.training import blaming, build_model
+from harness.training import build_model
 from models import Budget, budget
 
 

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 
 from harness.build import build
@@ -27,8 +28,9 @@ from harness.checkpoints import (
     checkpoint_vocabulary,
     read_checkpoint,
 )
-from harness.cli import report_errors
-from harness.evaluation import check_fit, mixed_precision, restore_model
+from harness.cli import report_errors, whole_number
+from harness.evaluation import check_fit, restore_model
+from harness.precision import run_precision
 from harness.run_directory import RunError, find_run
 from harness.schema import check_config
 from harness.targets import resolve_target
@@ -73,11 +75,11 @@ class Deletion:
 
 
 @torch.inference_mode()
-def ask(model: LanguageModel, task: RareFacts, split: EvalSplit, precision: str) -> Asked:
+def ask(model: LanguageModel, task: RareFacts, split: EvalSplit, precision: Precision) -> Asked:
     """Asks every fact once, by the route of the task's first arm."""
     device, routes, right = next(model.parameters()).device, [], []
     for batch in task.eval_batches(split):
-        with mixed_precision(device, precision):
+        with precision.forward_context():
             logits = model(batch.inputs.to(device), state_before(model, batch)).y
         assert batch.route is not None, "the task was checked"
         routes.append(batch.route)
@@ -112,20 +114,20 @@ def measure(
     model: LanguageModel,
     task: RareFacts,
     *,
+    precision: Precision,
     leaves: int,
     seed: int,
     split: EvalSplit = "val",
-    precision: str = "32-true",
 ) -> list[Deletion]:
     """Deletes the last block on the way to some leaves, then also those before it.
 
     Args:
         model: with its bank in memory; it is left as it was.
         task: gives routes to the bank's leaves.
+        precision: the run's, `run_precision`.
         leaves: how many.
         seed: of their choice.
         split: which set of questions.
-        precision: the trainer's.
     """
     assert isinstance(model.bank, MemoryBank), "the model was restored"
     bank, shape = model.bank, model.bank.shape
@@ -167,10 +169,10 @@ def run(arguments: Sequence[str]) -> None:
     found = measure(
         model,
         task,
+        precision=run_precision(config),
         leaves=asked.leaves,
         seed=asked.seed,
         split=asked.split,
-        precision=config["trainer"].get("precision", "32-true"),
     )
     remarks = [
         f"Each row: blocks set to zero, all {len(task.told.exposures):,} facts asked by the route "
@@ -206,8 +208,10 @@ def _row(deletion: Deletion) -> dict[str, str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python scripts/delete_blocks.py", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="a run directory, or one of its checkpoints")
-    parser.add_argument("--leaves", type=int, default=4, help="how many ways to delete from")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of leaves")
+    parser.add_argument(
+        "--leaves", type=whole_number(1), default=4, help="how many ways to delete from"
+    )
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the choice of leaves")
     parser.add_argument("--split", choices=["val", "test"], default="val")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="put the table there")
     parser.add_argument("--name", default="deletion", help="of the table, in the file's markers")

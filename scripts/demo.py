@@ -7,6 +7,7 @@ four times that length.
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from harness.cli import report_errors
 from harness.compose import compose_checked
 from harness.evaluation import Evaluation, evaluate, lengthened, restore_model
 from harness.jobs import start_run
+from harness.precision import run_precision
 from harness.run_directory import RunDirectory
 
 MIXERS = ("gated_deltanet", "attention", "sliding_window")
@@ -47,7 +49,8 @@ def train_and_test(mixer: str, overrides: list[str]) -> Result:
     run, summary = start_run(composed)
     model = restore_model(composed.config, read_checkpoint(run.best))
     tasks = [build(lengthened(composed.config["task"], multiple)) for multiple in MULTIPLES]
-    return Result(mixer, run, summary, [evaluate(model, task) for task in tasks])
+    score = partial(evaluate, model, precision=run_precision(composed.config))
+    return Result(mixer, run, summary, [score(task) for task in tasks])
 
 
 def show(results: list[Result]) -> None:
@@ -81,5 +84,8 @@ def _rows(evaluations: list[Evaluation], length: str) -> list[list[str]]:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        sys.exit(0)
     with report_errors():
         show([train_and_test(mixer, sys.argv[1:]) for mixer in MIXERS])

@@ -50,8 +50,8 @@ def report(arguments: Sequence[str]) -> None:
     )
     remarks = []
     if asked.sort:
-        rows = sort_rows(rows, asked.sort, runs, asked.split)
-        remarks.append(f"Rows are sorted by {asked.sort}, the largest first.")
+        rows, remark = sort_rows(rows, asked.sort, runs, asked.split)
+        remarks.append(remark)
     commands = [
         *([] if asked.made_by else training_commands(rows)),
         *evaluation_commands(rows, columns),
@@ -76,7 +76,9 @@ def report_parser() -> argparse.ArgumentParser:
     parser.add_argument("--by", help="the options that name a row; else all that differ")
     parser.add_argument("--columns", help="what to show of each row; else metric and costs")
     parser.add_argument(
-        "--sort", metavar="COLUMN", help="a column: the row with the largest is first"
+        "--sort",
+        metavar="COLUMN",
+        help="a column: the largest is first, or the smallest where less is better, as of a loss",
     )
     parser.add_argument(
         "--split",

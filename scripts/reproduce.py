@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness.cli import report_errors
+from harness.cli import report_errors, whole_number
 from harness.run_directory import RUNS, RunError
 from scripts.reporting.runs import unknown
 from scripts.reproducing.grid import Grid
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", nargs="?", help="of a file in scripts/reproductions/")
-    parser.add_argument("--jobs", type=_positive, default=2, help="runs at a time; else 2")
+    parser.add_argument("--jobs", type=whole_number(1), default=2, help="runs at a time; else 2")
     parser.add_argument("--rows", metavar="LABEL,LABEL", help="train these only; else all")
     parser.add_argument(
         "--runs", type=Path, default=RUNS, help="where the runs go, in a folder NAME; else runs/"
@@ -93,12 +93,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--report-only", action="store_true", help="train nothing")
     parser.add_argument("--list", action="store_true", help="what there is, and how long it takes")
     return parser
-
-
-def _positive(word: str) -> int:
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 1 on, got {word!r}")
-    return int(word)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness.cli import report_errors
+from harness.cli import report_errors, whole_number
 from harness.run_directory import RunError
 from routers import (
     Embedder,
@@ -100,9 +100,9 @@ def _parser() -> argparse.ArgumentParser:
         "--texts", type=Path, required=True, help="a file with one per line, or a folder of files"
     )
     fit.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the router")
-    fit.add_argument("--branching", type=int, default=4, help="children of each node")
-    fit.add_argument("--depth", type=int, default=3, help="levels of the tree")
-    fit.add_argument("--seed", type=int, default=0)
+    fit.add_argument("--branching", type=whole_number(2), default=4, help="children of each node")
+    fit.add_argument("--depth", type=whole_number(1), default=3, help="levels of the tree")
+    fit.add_argument("--seed", type=whole_number(0), default=0)
     fit.add_argument(
         "--embedder",
         default=HashedTfidf.name,

@@ -11,19 +11,17 @@ import argparse
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness.cli import report_errors
+from harness.cli import number, report_errors, whole_number
 from harness.run_directory import RunError, find_run
 from harness.serving import Answer, Served, answer, load
 from layers import GENERIC
-from models.bank import BankError
 from models.bank.reading import Read
-from routers import RouterError
 
 MIB = 2**20
 
@@ -33,32 +31,23 @@ def run(arguments: Sequence[str]) -> None:
 
     Raises:
         RunError: as `load` and `answer`, or a prompt has no route.
+        BankError, RouterError: as `load`.
     """
     asked, before = _asked(arguments), _resident()
     directory, file = find_run(asked.run)
-    with _told():
-        served = load(
-            directory,
-            file or directory.last,
-            asked.bank or directory.bank,
-            cache_bytes=int(asked.cache_mib * MIB),
-            read=asked.read,
-        )
-        with closing(served.bank):
-            print(_opening(served))
-            prompts = _prompts(asked)
-            answers = [given for prompt in prompts for given in _served(served, prompt, asked)]
-            memory = f"{_resident()} MiB of resident memory, {before} before"
-        print(f"{_closing(served, answers)}; {memory}")
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Files that cannot be used are one line to the user."""
-    try:
-        yield
-    except (BankError, RouterError) as error:
-        raise RunError(str(error)) from error
+    served = load(
+        directory,
+        file or directory.last,
+        asked.bank or directory.bank,
+        cache_bytes=int(asked.cache_mib * MIB),
+        read=asked.read,
+    )
+    with closing(served.bank):
+        print(_opening(served))
+        prompts = _prompts(asked)
+        answers = [given for prompt in prompts for given in _served(served, prompt, asked)]
+        memory = f"{_resident()} MiB of resident memory, {before} before"
+    print(f"{_closing(served, answers)}; {memory}")
 
 
 def _asked(arguments: Sequence[str]) -> argparse.Namespace:
@@ -66,20 +55,17 @@ def _asked(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("run", metavar="RUN", help="a run directory, or one of its checkpoints")
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="default: lines of stdin")
     parser.add_argument("--bank", type=Path, metavar="FOLDER", help="default: bank/ of the run")
-    parser.add_argument("--cache-mib", type=float, default=64, help="for blocks that were read")
+    parser.add_argument("--cache-mib", type=number(0), default=64, help="for blocks that were read")
     parser.add_argument("--read", choices=get_args(Read), default="auto", help="way of reading")
-    parser.add_argument("--tokens", type=int, default=8, help="of an answer")
-    parser.add_argument("--temperature", type=float, default=0, help="0: the likeliest word")
+    parser.add_argument("--tokens", type=whole_number(1), default=8, help="of an answer")
+    parser.add_argument("--temperature", type=number(0), default=0, help="0: the likeliest word")
     parser.add_argument(
         "--route", type=leaf, metavar="LEAF", help="a leaf or generic; default: the router's"
     )
     parser.add_argument(
         "--compare", action="store_true", help="answer with the generic block as well"
     )
-    asked = parser.parse_intermixed_args(arguments)  # options may stand before prompts
-    if asked.tokens < 1 or asked.cache_mib < 0 or asked.temperature < 0:
-        parser.error("--tokens must be 1 or more, --cache-mib and --temperature 0 or more")
-    return asked
+    return parser.parse_intermixed_args(arguments)  # options may stand before prompts
 
 
 def leaf(text: str) -> int:

@@ -26,8 +26,9 @@ from harness.checkpoints import (
     checkpoint_vocabulary,
     read_checkpoint,
 )
-from harness.cli import report_errors
+from harness.cli import number, report_errors
 from harness.evaluation import Evaluation, check_fit, evaluate, restore_model
+from harness.precision import run_precision
 from harness.run_directory import RunDirectory, RunError, find_run
 from harness.schema import check_config
 from harness.training import build_model
@@ -166,8 +167,7 @@ def measure(where: Path, *, split: EvalSplit, cache_bytes: int) -> Served:
     task: Task = build(config["task"])
     task.prepare_data()
     check_fit(vocabulary, model, task)
-    precision = config["trainer"].get("precision", "32-true")
-    evaluation = evaluate(model, task, split=split, precision=precision)
+    evaluation = evaluate(model, task, precision=run_precision(config), split=split)
     gc.collect()
     after = resident()
     return Served(evaluation, _table_bytes(model), _reads(model), before, after)
@@ -249,7 +249,10 @@ def _parser() -> argparse.ArgumentParser:
         "--verify", action="store_true", help="only read the files that are there, and compare"
     )
     parser.add_argument(
-        "--cache-mb", type=float, default=16, help="MiB for the rows of all tables that were read"
+        "--cache-mb",
+        type=number(0),
+        default=16,
+        help="MiB for the rows of all tables that were read",
     )
     parser.add_argument("--split", choices=["val", "test"], default="val")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="put the table there")

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from tasks.batch import IGNORE, Batch
 
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
+
 # Scored positions turned to fp32 at a time: 128 MiB at a vocabulary of 8192, whatever the batch.
 ROWS = 4096
 
@@ -42,7 +44,7 @@ class Scores(NamedTuple):
 
 @torch.no_grad()
 def score(logits: Tensor, targets: Tensor) -> Scores:
-    """Scores the positions that have a target, in fp32, never copying all the logits at once.
+    """Scores positions with a target, in fp32 or more, never copying all the logits at once.
 
     Args:
         logits: `[B, T, V]` in any floating-point type.
@@ -57,7 +59,7 @@ def score(logits: Tensor, targets: Tensor) -> Scores:
     where = (wanted != IGNORE).nonzero().squeeze(1)
     nll, right = [], []
     for part in where.split(ROWS):
-        picked = rows[part].float()
+        picked = rows[part] if rows.dtype == torch.float64 else rows[part].float()
         nll.append(F.cross_entropy(picked, wanted[part], reduction="none"))
         right.append(picked.argmax(-1) == wanted[part])
     return Scores(where.cpu(), torch.cat(nll).cpu().double(), torch.cat(right).cpu())

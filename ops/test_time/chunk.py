@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ops.nothing import accepts_nothing
 from ops.not_finite import carries
+from ops.nothing import accepts_nothing
 from ops.precision import without_autocast
 from ops.test_time.engine import Carried, Engine, Tiles
 from ops.test_time.memories import Head

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from harness.provenance import provenance
+from harness.run_directory import finite
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -69,4 +70,4 @@ def save(path: Path, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     """Write rows with the command, commit, hardware and versions that made them."""
     record = {**provenance(), **facts, "rows": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text(json.dumps(finite(record), indent=2) + "\n")

@@ -12,6 +12,7 @@ from harness.loggers import STEP
 from scripts.reporting.entries import flat
 from scripts.reporting.rows import Row
 from scripts.reporting.runs import ReportError, Run, unknown
+from tasks.metrics import LOWER_IS_BETTER
 
 Split = Literal["val", "test"]
 
@@ -38,12 +39,19 @@ class Column:
         label: its head in the table.
         read: its value for a run; None if the run has none.
         evaluation: the evaluation that the value is from, for columns of evaluations.
+        metric: whose value it is, if any; of a quotient, that above the line.
     """
 
     word: str
     label: str
     read: Callable[[Run], Any]
     evaluation: Callable[[Run], Mapping[str, Any] | None] | None = None
+    metric: str | None = None
+
+    @property
+    def lower_is_better(self) -> bool:
+        """As of a loss, also of a part of the examples (`loss/arm=question`)."""
+        return self.metric is not None and self.metric.partition("/")[0] in LOWER_IS_BETTER
 
     def cell(self, row: Row) -> str:
         """The value of a row: the mean over seeds and the standard deviation between them."""
@@ -164,16 +172,20 @@ def _quotient(above: Column, below: Column) -> Column:
         return over / under if over is not None and under else None
 
     label = f"{above.label} / {below.label}"
-    return Column(word, label, read, above.evaluation or below.evaluation)
+    evaluation = above.evaluation or below.evaluation
+    return Column(word, label, read, evaluation, above.metric)
 
 
 def _make(word: str, split: Split | None) -> Column:
     if word.startswith("best:"):
         metric = word.removeprefix("best:")
-        return Column(word, f"{metric} (val)", lambda run: run.best.get(f"val/{metric}"))
+        label = f"{metric} (val)"
+        return Column(word, label, lambda run: run.best.get(f"val/{metric}"), metric=metric)
     if match := _EVAL.fullmatch(word):
         return _of_evaluation(word, match, evaluation_split(split))
-    return Column(word, COSTS.get(word, word), lambda run: flat(run.summary).get(word))
+    of_summary = word.removeprefix("metrics.val/") if word.startswith("metrics.") else None
+    label = COSTS.get(word, word)
+    return Column(word, label, lambda run: flat(run.summary).get(word), metric=of_summary)
 
 
 def _of_evaluation(word: str, match: re.Match[str], split: Split) -> Column:
@@ -192,7 +204,7 @@ def _of_evaluation(word: str, match: re.Match[str], split: Split) -> Column:
     length_asked = f" at {length}x" if match["multiple"] and length > 1 else f" at {length:,}"
     at = "" if match["multiple"] and length == 1 else length_asked
     label = f"{metric}{at}{', state carried' if carried else ''} ({split})"
-    return Column(word, label, read, evaluation)
+    return Column(word, label, read, evaluation, metric)
 
 
 def _values(evaluation: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from harness.cli import whole_number
 from harness.provenance import provenance
 from scripts.reporting.page import place
 
@@ -23,7 +24,7 @@ def parsed(
         name: of the table, if no other is given.
     """
     parser = argparse.ArgumentParser(prog=f"python scripts/{script}", description=description)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=whole_number(0), nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="put the table there")
     parser.add_argument("--name", default=name, help="of the table, in the file's markers")
     return parser.parse_args(arguments)

@@ -14,6 +14,7 @@ from scripts.reporting.runs import ReportError, Run
 
 _SEEDS = "seeds"
 _UNRELATED = ("task.batch_size", "task.seq_len")  # of an evaluation: its length is in the column
+_ORIGIN = {"commit", "hardware", "versions"}
 _SHOWN = 12  # digits of a commit
 
 
@@ -158,10 +159,10 @@ def _provenance(rows: Sequence[Row], columns: Sequence[Column]) -> Iterable[str]
 
 def _origin(what: str, times: Sequence[str], records: Sequence[Sequence[Mapping[str, Any]]]) -> str:
     """Dates, hardware, versions and commits; each item of `records` is one run or evaluation."""
-    every = [record for group in records for record in group if "commit" in record]
+    every = [record for group in records for record in group if record.keys() >= _ORIGIN]
     days = sorted({time[:10] for time in times})
     versions = [
-        f"Python {record['versions']['python']}, torch {record['versions']['torch']}"
+        f"Python {record['versions'].get('python')}, torch {record['versions'].get('torch')}"
         for record in every
     ]
     facts = [

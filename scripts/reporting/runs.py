@@ -20,6 +20,18 @@ from layers.regular_file import read_regular
 from tasks.base import Task
 
 _LISTED = 30  # names of what is known, in a message about what is not
+# What entries of summary.json and rows of evaluations.jsonl are, where the program relies on it.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(["budget", "choices", "metrics", "task", "versions"], dict),
+    **dict.fromkeys(["command", "commit", "hardware", "started", "status", "time"], str),
+    **dict.fromkeys(["overrides", "resumed"], list),
+    **dict.fromkeys(["seed", "seq_len", "state_bytes"], int),
+    **dict.fromkeys(["tokens_per_second"], (int, float)),
+}
+_OF_EVALUATIONS = (
+    *("metrics", "seq_len", "carry", "split", "checkpoint", "task", "time", "command"),
+    *("state_bytes", "tokens_per_second"),
+)
 _DIVERGED = re.compile(r"the (loss|gradient) is .+ at step \d+")  # as NonFiniteError says it
 
 
@@ -141,6 +153,7 @@ def read_run(path: Path) -> Run:
     """
     directory = RunDirectory(path)
     summary = directory.read_summary()
+    _require_kinds(summary, directory.summary)
     if directory.config.exists():
         config, choices = directory.read_config(), summary.get("choices", {})
     else:
@@ -198,9 +211,30 @@ def _evaluations(path: Path) -> list[dict[str, Any]]:
     return list(_json_lines(path)) if path.exists() else []
 
 
+def _text(path: Path) -> str:
+    try:
+        return read_regular(path).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReportError(f"cannot read {path}: {error}") from error
+
+
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(read_regular(path).decode().splitlines(), start=1):
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        where = f"{path}, line {number}"
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ReportError(f"{path}, line {number} is not JSON: {error}") from error
+            row = json.loads(line)
+        except ValueError as error:
+            raise ReportError(f"{where} is not JSON: {error}") from error
+        if not isinstance(row, dict) or not row.keys() >= set(_OF_EVALUATIONS):
+            raise ReportError(
+                f"{where} is no row of eval.py, which has {', '.join(_OF_EVALUATIONS)}"
+            )
+        _require_kinds(row, where)
+        yield row
+
+
+def _require_kinds(facts: Mapping[str, Any], where: Path | str) -> None:
+    """Raises ReportError for an entry that is not what this project writes under its name."""
+    for name, value in facts.items():
+        if value is not None and not isinstance(value, _KINDS.get(name, object)):
+            raise ReportError(f"{where}: {name} is {value!r}, which this project did not write")

@@ -11,14 +11,19 @@ from scripts.reporting.runs import ReportError, Run
 
 def sort_rows(
     rows: Sequence[Row], expression: str, runs: Sequence[Run], split: Split | None
-) -> list[Row]:
-    """The rows from the largest figure to the smallest, those without one last.
+) -> tuple[list[Row], str]:
+    """The rows from the best figure to the worst, those without one last.
+
+    Of a metric of which less is better the smallest is the best, of all else the largest.
 
     Args:
         rows: in any order; equal figures keep theirs.
         expression: a column, or a quotient of two.
         runs: of the rows.
         split: as for columns.
+
+    Returns:
+        The rows, and how they are sorted.
 
     Raises:
         ReportError: no run has a value for it, or a value is not a number.
@@ -27,9 +32,10 @@ def sort_rows(
 
     def place(row: Row) -> tuple[bool, float]:
         figure = _mean(column, row)
-        return (math.isnan(figure), -figure)
+        return (math.isnan(figure), figure if column.lower_is_better else -figure)
 
-    return sorted(rows, key=place)
+    first = "smallest" if column.lower_is_better else "largest"
+    return sorted(rows, key=place), f"Rows are sorted by {expression}, the {first} first."
 
 
 def _mean(column: Column, row: Row) -> float:

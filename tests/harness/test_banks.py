@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import Precision
 
 from harness import anchor
 from harness.build import build
@@ -209,7 +210,7 @@ def test_training_and_validation_read_the_blocks_of_routes(banked):
     """The last validation of the run, again; and the generic block answers otherwise."""
     metrics = banked.read_summary()["metrics"]
     task, model = build(banked.read_config()["task"]), restored(banked)
-    again = evaluate(model, task, split="val").metrics
+    again = evaluate(model, task, precision=Precision(), split="val").metrics
     assert {f"val/{name}": value for name, value in again.items()} == pytest.approx(metrics)
     assert again["loss/arm=question"] != again["loss/arm=generic"]
     table = read_checkpoint(banked.last)["optimizer_states"][0]["state"]

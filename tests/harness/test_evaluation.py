@@ -1,8 +1,10 @@
 """Evaluation at any length, with the state carried or not, and plain words where it cannot be."""
 
 import json
+from functools import partial
 
 import pytest
+from lightning.pytorch.plugins.precision import Precision
 
 from harness.build import build
 from harness.check import ConfigError
@@ -123,7 +125,8 @@ def test_state_bytes_are_those_of_the_state_that_was_carried(text_run):
     config["model"]["pattern"] = [[attention]]
     task = build(config["task"])
     model = build_model(config, task).eval()
-    fresh, carried = (evaluate(model, task, split="val", carry=c) for c in (False, True))
+    score = partial(evaluate, model, task, precision=Precision(), split="val")
+    fresh, carried = score(carry=False), score(carry=True)
     assert fresh.state_bytes == 4 * 2 * 16 * 32 + 8
     assert carried.state_bytes > 10 * fresh.state_bytes
 
@@ -176,9 +179,16 @@ def test_a_carried_state_makes_the_block_length_irrelevant(text_run):
     model = restore_model(config, read_checkpoint(run.last))
     task = {**config["task"], "batch_size": 2}
     carried = [
-        evaluate(model, build({**task, "seq_len": length}), split="val", carry=True)
+        evaluate(
+            model,
+            build({**task, "seq_len": length}),
+            precision=Precision(),
+            split="val",
+            carry=True,
+        )
         for length in (16, 100)
     ]
     assert carried[0].metrics["loss"] == pytest.approx(carried[1].metrics["loss"], rel=1e-5)
-    fresh = evaluate(model, build({**task, "seq_len": 16}), split="val")
+    short = build({**task, "seq_len": 16})
+    fresh = evaluate(model, short, precision=Precision(), split="val")
     assert fresh.metrics["loss"] != pytest.approx(carried[0].metrics["loss"], rel=1e-4)

@@ -55,20 +55,30 @@ def test_training_imports_no_dashboard(tmp_path):
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({}, False),
-        ({"WANDB_API_KEY": "x" * 40}, True),
-        ({"WANDB_API_KEY": "x" * 40, "WANDB_MODE": "offline"}, False),
-        ({"WANDB_MODE": "online"}, True),
+        ({}, "offline"),
+        ({"WANDB_API_KEY": "x" * 40}, "online"),
+        ({"WANDB_API_KEY": "x" * 40, "WANDB_MODE": "offline"}, "offline"),
+        ({"WANDB_API_KEY": "x" * 40, "WANDB_MODE": "dryrun"}, "offline"),
+        ({"WANDB_MODE": "online"}, "online"),
+        ({"WANDB_API_KEY": "x" * 40, "WANDB_MODE": "disabled"}, "disabled"),
+        ({"WANDB_MODE": "online", "WANDB_DISABLED": "true"}, "disabled"),
+        ({"WANDB_DISABLED": "false"}, "offline"),
     ],
 )
-def test_online_only_when_logged_in(monkeypatch, tmp_path, variables, expected):
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+def test_online_only_when_logged_in_and_the_environment_agrees(
+    monkeypatch, tmp_path, variables, expected
+):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert loggers.logged_in() is expected
+    wandb = loggers.Wandb()
+    given = "disabled" if wandb.disabled else "offline" if wandb.offline else "online"
+    assert given == expected
+    if variables.get("WANDB_MODE") in ("offline", "disabled"):
+        assert vars(loggers.Wandb(mode="online")) == vars(wandb), "it goes before the config"
 
 
 def test_a_login_in_netrc_counts(monkeypatch, tmp_path):
@@ -102,6 +112,20 @@ def test_wandb_offline_writes_into_the_run_directory(train_tiny, capsys):
 def test_tensorboard_writes_into_the_run_directory(train_tiny):
     run, _ = train_tiny("logger=tensorboard")
     assert list(run.path.glob("tensorboard/events*"))
+
+
+def test_a_disabled_wandb_writes_nothing(train_tiny, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run, summary = train_tiny("logger=wandb")
+    assert summary["status"] == "finished"
+    assert not list(run.path.rglob("*wandb*"))
+    assert "wandb: disabled by WANDB_MODE" in capsys.readouterr().out
+
+
+def test_a_mode_that_wandb_does_not_have_is_named(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    with pytest.raises(ValueError, match="WANDB_MODE must be online, offline or disabled"):
+        loggers.Wandb()
 
 
 def test_a_wrong_wandb_mode_is_named():

@@ -1,5 +1,6 @@
 """The programs as a user starts them."""
 
+import errno
 import io
 import json
 import os
@@ -61,7 +62,9 @@ def test_help_lists_the_groups(tmp_path):
     assert "resume=" in done.stdout
 
 
-@pytest.mark.parametrize("script", ["eval.py", "scripts/budget.py"])
+@pytest.mark.parametrize(
+    "script", ["eval.py", "scripts/budget.py", "scripts/bench.py", "scripts/demo.py"]
+)
 def test_other_programs_explain_themselves(script, tmp_path):
     done = program(script, "--help", cwd=tmp_path)
     assert done.returncode == 0
@@ -98,5 +101,6 @@ def test_a_reader_that_has_seen_enough_ends_a_program_without_a_word(monkeypatch
 @pytest.mark.parametrize("output", [None, io.StringIO()], ids=["none", "no file"])
 def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch, output):
     monkeypatch.setattr(sys, "stdout", output)
-    with pytest.raises(BrokenPipeError), report_errors():
-        raise BrokenPipeError
+    with pytest.raises(SystemExit) as end, report_errors():
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    assert end.value.code == 1

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import Precision
 
 from harness.build import build
 from harness.check import ConfigError
@@ -168,8 +169,8 @@ def test_the_page_is_escaped_and_needs_nothing_else(read):
 def test_metrics_are_the_same_with_telemetry_and_without(text_run, read):
     _, _, (fresh, carried) = read
     model, task = model_and_task(text_run)
-    assert evaluate(model, task, carry=False).metrics == fresh.metrics
-    assert evaluate(model, task, carry=True).metrics == carried.metrics
+    assert evaluate(model, task, precision=Precision(), carry=False).metrics == fresh.metrics
+    assert evaluate(model, task, precision=Precision(), carry=True).metrics == carried.metrics
 
 
 def test_correlations_and_paths_are_printed(text_run, read, capsys):
@@ -216,7 +217,7 @@ def test_every_token_is_recorded_once_whatever_is_around_the_memory(train_tiny, 
     heads = [] if mixer == "lattice_decode" else ["mixer.memory.heads=1"]
     run, _ = train_tiny(f"mixer={mixer}", *heads, "trainer.max_steps=3", "task.seq_len=80")
     model, task = model_and_task(run)
-    trace = record_trace(model, task, split="val", count=70)
+    trace = record_trace(model, task, precision=Precision(), split="val", count=70)
     ((_, reports),) = trace.layers.items()
     assert {len(value) for value in reports.values()} == {70}
     assert (reports["surprise"] > 0).all()
@@ -228,7 +229,7 @@ def test_every_token_is_recorded_once_whatever_is_around_the_memory(train_tiny, 
 def test_the_sequence_goes_on_through_blocks_and_ends_with_its_last_target(text_run):
     model, task = model_and_task(text_run)
     lane = 250  # 1000 targets in 4 lanes; the last block of 32 is filled up
-    trace = record_trace(model, task, split="test", count=10_000)
+    trace = record_trace(model, task, precision=Precision(), split="test", count=10_000)
     assert trace.ids.tolist() == task.store.streams["test"][:lane].tolist()
     assert trace.bits.isfinite().all()
 

@@ -67,6 +67,23 @@ def test_top_k_keeps_k():
     assert torch.equal(filter_logits(logits, top_k=10), logits)
 
 
+def test_of_equal_logits_the_lower_token_is_the_likelier():
+    """So that k are k, and one is the greedy choice."""
+    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0, 2.0]])
+    for k, kept in {1: [1], 2: [1, 2], 3: [1, 2, 4], 4: [1, 2, 3, 4], 6: [*range(6)]}.items():
+        assert filter_logits(logits, top_k=k)[0].isfinite().nonzero().flatten().tolist() == kept
+    assert filter_logits(logits, top_p=1e-9)[0].isfinite().nonzero().flatten().tolist() == [1]
+    assert logits.argmax() == 1
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 1e-300])
+def test_a_tiny_temperature_is_nearly_greedy(model, temperature):
+    greedy, _ = generate(model, PROMPT, 6, temperature=0)
+    assert torch.equal(generate(model, PROMPT, 6, temperature=temperature)[0], greedy)
+    assert torch.equal(generate(model, PROMPT, 6, temperature=temperature, top_k=3)[0], greedy)
+    assert torch.equal(generate(model, PROMPT, 6, temperature=temperature, top_p=0.9)[0], greedy)
+
+
 def test_no_new_token_is_no_new_token(model):
     assert generate(model, PROMPT, 0)[0].shape == (2, 0)
 
@@ -75,13 +92,17 @@ def test_no_new_token_is_no_new_token(model):
     ("options", "message"),
     [
         ({"temperature": -1.0}, "temperature must be 0"),
+        ({"temperature": float("nan")}, "temperature must be 0 .* got nan"),
+        ({"temperature": float("inf")}, "temperature must be 0 .* got inf"),
+        ({"top_p": float("nan")}, "top_p must be"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be 0 or more, got -1"),
         ({"top_k": 0}, "top_k must be 1 or more, got 0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
     ],
 )
 def test_options_out_of_range(model, options, message):
     with pytest.raises(ValueError, match=message):
-        generate(model, PROMPT, 1, **options)
+        generate(model, PROMPT, **{"max_new_tokens": 1, **options})
 
 
 def test_an_empty_prompt_is_refused(model):

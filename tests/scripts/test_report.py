@@ -116,8 +116,9 @@ def test_a_run_from_before_there_were_labels_is_one_without(made, runs):
     [
         ("budget.parameters", "gated_deltanet"),
         ("budget.parameters/budget.state_bytes", "sliding_window"),
-        ("metrics.val/loss", "gated_deltanet"),
-        ("metrics.val/loss/steps", "sliding_window"),
+        ("metrics.val/loss", "sliding_window"),
+        ("metrics.val/loss/steps", "gated_deltanet"),
+        ("best:loss/steps", "gated_deltanet"),
         ("steps/steps_of_none", "gated_deltanet"),
         ("best:accuracy", "sliding_window"),
     ],
@@ -136,7 +137,8 @@ def test_rows_are_sorted_by_a_figure_or_a_quotient(made, runs, expression, first
     for places in ([swa, *gdn], [*gdn, swa]):
         text = made(*places, "--sort", expression)
         assert table(text)[0]["mixer"] == first
-        assert f"- Rows are sorted by {expression}, the largest first.\n" in text
+        best = "smallest" if "loss" in expression else "largest"
+        assert f"- Rows are sorted by {expression}, the {best} first.\n" in text
 
 
 def test_a_column_may_be_a_quotient_taken_in_each_run(made, runs):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import Precision
 
 from harness.build import build
 from harness.checkpoints import checkpoint_config, read_checkpoint
@@ -182,15 +183,15 @@ def test_deleting_a_block_costs_those_that_read_it_alone(trained):
         for level in (1, 2):  # so that every block has a say
             model.bank.get_parameter(f"level{level}").mul_(3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    whole = evaluate(model, task, split="val").metrics["accuracy"]
-    found = delete_blocks.measure(model, task, leaves=2, seed=0)
+    whole = evaluate(model, task, precision=Precision(), split="val").metrics["accuracy"]
+    found = delete_blocks.measure(model, task, precision=Precision(), leaves=2, seed=0)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for deletion, levels in zip(found, ([2], [1, 2]) * 2, strict=True):
         leaf, others = deletion.leaf, 80 - deletion.facts
         assert deletion.levels == levels
         for level in levels:
             model.bank.write(level, leaf if level == 2 else leaf // 2, torch.zeros(1, 4, 48))
-        after = evaluate(model, task, split="val").metrics["accuracy"]
+        after = evaluate(model, task, precision=Precision(), split="val").metrics["accuracy"]
         model.load_state_dict(before)
         for i, expected in enumerate((whole, after)):
             right = deletion.own[i] * deletion.facts + deletion.others[i] * others
