@@ -3,7 +3,7 @@
 Fast forms multiply masks and weights of zero with tokens that are still to come, and zero times
 NaN is NaN. Within `contained()`, every op that carries a sequence sees zeros in the place of a
 token that is not finite, and what it returns for that sequence is NaN from this token on, the state
-included: what its recurrence gives, token by token. Looking at all inputs takes time, so that this
+included, also where a window would let it go again. Looking at all inputs takes time, so that this
 is for finding where a run went wrong, not for training.
 """
 
