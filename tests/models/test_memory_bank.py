@@ -154,7 +154,8 @@ def test_a_new_bank_changes_no_gradient_of_its_anchor():
 
 def test_a_widened_feed_forward_is_one_of_concatenated_weights():
     torch.manual_seed(0)
-    layer, blocks = HierarchicalFFN(D).double(), torch.randn(2, 5, 3 * D, dtype=torch.float64)
+    layer = HierarchicalFFN(D, bank=BankOptions(hidden=(5,))).double()
+    blocks = torch.randn(2, 5, 3 * D, dtype=torch.float64)
     x = torch.randn(2, T, D, dtype=torch.float64)
     layer(x, blocks).y.square().sum().backward()
     hidden, gradients = layer.out_proj.in_features, []
