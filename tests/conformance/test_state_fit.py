@@ -135,7 +135,8 @@ def test_another_device_is_refused(name, example):
 def test_another_structure_is_refused(name, example):
     layer, x, state = layer_of(name, example), example_input(name), carried(name, example)
     leaves, spec = pytree.tree_flatten(state)
-    refused(layer, x, pytree.tree_unflatten([None, *leaves[1:]], spec))
+    if not isinstance(state, torch.Tensor):  # for which None is a start
+        refused(layer, x, pytree.tree_unflatten([None, *leaves[1:]], spec))
     refused(layer, x, (state,))
     refused(layer, x, leaves)
     refused(layer, x, {"state": state})
@@ -158,7 +159,7 @@ def test_precision_is_free(name, example):
     with torch.autocast("cpu", torch.bfloat16):
         mixed = layer(x, full).state
     layer(x, mixed)
-    layer.bfloat16()(x.bfloat16(), full)
+    require_fit(layer.bfloat16(), x.bfloat16(), full)  # not all layers keep more than they compute
 
 
 @every_stateful
