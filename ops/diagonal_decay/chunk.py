@@ -83,8 +83,8 @@ def check_chunk_size(chunk_size: int) -> None:
         raise ValueError(f"chunk_size is {chunk_size}; it must be a power of two")
 
 
-@accepts_nothing("q", "k", "v", "g")
 @torch.compiler.disable
+@accepts_nothing("q", "k", "v", "g")
 @without_autocast
 def diagonal_decay_chunk(
     q: Float[Tensor, "B T H K"],

@@ -185,8 +185,8 @@ def check(x: Tensor, A: Tensor, B: Tensor, C: Tensor, step: Tensor, chunk_size: 
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
 
 
-@accepts_nothing("x")
 @torch.compiler.disable
+@accepts_nothing("x")
 @without_autocast
 def diagonal_state_space_chunk(
     x: Float[Tensor, "B T D"],

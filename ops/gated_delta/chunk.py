@@ -272,8 +272,8 @@ def check_chunk_size(chunk_size: int) -> None:
         raise ValueError(f"chunk_size is {chunk_size}; it must be a power of two, at least 4")
 
 
-@accepts_nothing("q", "k", "v", "g", "beta")
 @torch.compiler.disable
+@accepts_nothing("q", "k", "v", "g", "beta")
 @without_autocast
 def gated_delta_chunk(
     q: Float[Tensor, "B T H K"],

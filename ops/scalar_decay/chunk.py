@@ -241,8 +241,8 @@ def check_chunk_size(chunk_size: int) -> None:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
 
 
-@accepts_nothing("q", "k", "v", "g")
 @torch.compiler.disable
+@accepts_nothing("q", "k", "v", "g")
 @without_autocast
 def scalar_decay_chunk(
     q: Float[Tensor, "B T G K"],

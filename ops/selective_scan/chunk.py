@@ -171,8 +171,8 @@ def check_shapes(x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor) -> No
             )
 
 
-@accepts_nothing("x", "step", "B", "C")
 @torch.compiler.disable
+@accepts_nothing("x", "step", "B", "C")
 @without_autocast
 def selective_scan_chunk(
     x: Float[Tensor, "B T D"],

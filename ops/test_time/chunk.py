@@ -31,9 +31,9 @@ _RUN_NUMBERS = 2**17
 Watch = Callable[[str, Tensor], None]
 
 
+@torch.compiler.disable
 @accepts_nothing("q", "k", "v", "gates")
 @carries("q", "k", "v", "gates")
-@torch.compiler.disable
 @without_autocast
 def memorize_chunked(
     q: Float[Tensor, "B T H K"],
