@@ -5,7 +5,6 @@ import torch
 from torch.nn import Module
 
 from layers import LAYERS
-from tests.conformance.test_models import every_model, small_model, tokens
 from tests.helpers import LAYER_EXAMPLES, example_input, example_layer
 
 
@@ -28,12 +27,3 @@ def test_a_layer_built_on_the_meta_device_is_what_its_state_dict_says(name, exam
     expected = layer(x).y
     torch.manual_seed(2)
     assert torch.equal(shell(x).y, expected)
-
-
-@every_model
-def test_a_model_built_on_the_meta_device_is_what_its_state_dict_says(mixer, pattern):
-    model, x = small_model(mixer, pattern), tokens()
-    with torch.device("meta"):
-        shell = small_model(mixer, pattern)
-    _given_memory(shell).load_state_dict(model.state_dict())
-    assert torch.equal(shell(x).y, model(x).y)

@@ -1,5 +1,7 @@
 """A piece may hold no token and a batch no sequence: layers and models give nothing, and go on."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -15,7 +17,12 @@ from tests.helpers import (
 )
 
 every_layer = pytest.mark.parametrize(("name", "example"), LAYER_EXAMPLES, ids=str)
-every_shape = pytest.mark.parametrize("shape", [(2, 0), (0, 3), (0, 0)], ids=str)
+every_memory = pytest.mark.parametrize(
+    ("name", "example"),
+    [c for c in LAYER_EXAMPLES if issubclass(LAYERS[c[0]].cls, Memory)],
+    ids=str,
+)
+SHAPES = [(2, 0), (0, 3), (0, 0)]
 
 
 def state_after_nothing(layer, x, shape, before):
@@ -26,10 +33,14 @@ def state_after_nothing(layer, x, shape, before):
 
 
 @every_layer
-@every_shape
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_layers_give_nothing(name, example, shape, training):
-    layer, full = example_layer(name, example).train(training), example_input(name)
+def test_layers_give_nothing(name, example):
+    layer, full = example_layer(name, example), example_input(name)
+    for shape, training in product(SHAPES, [True, False]):
+        gives_nothing(layer.train(training), full, shape)
+
+
+def gives_nothing(layer, full, shape):
+    layer.zero_grad()
     x = full[: shape[0], : shape[1]].clone().requires_grad_()
     y, state, aux = layer(x)
     assert y.shape == x.shape
@@ -64,34 +75,36 @@ def test_a_piece_without_tokens_leaves_a_state_as_it_is(name, example):
     assert_close(pieces, whole, "gradient through a piece without tokens", 1e-9)
 
 
-@every_layer
-@every_shape
-def test_memories_recall_nothing(name, example, shape):
+@every_memory
+def test_memories_recall_nothing(name, example):
     memory, x = example_layer(name, example), example_input(name)
-    if not isinstance(memory, Memory):
-        pytest.skip("a layer that cannot be asked")
-    state = map_state(lambda tensor: tensor[: shape[0]], memory(x).state)
-    asked = x[: shape[0], : shape[1]].clone().requires_grad_()
-    answer = memory.recall(asked, state)
-    assert answer.shape == asked.shape
-    answer.sum().backward()
-    assert asked.grad.shape == asked.shape
+    written = memory(x).state
+    for batch, length in SHAPES:
+        state = map_state(lambda tensor, batch=batch: tensor[:batch].detach(), written)
+        asked = x[:batch, :length].clone().requires_grad_()
+        answer = memory.recall(asked, state)
+        assert answer.shape == asked.shape
+        answer.sum().backward()
+        assert asked.grad.shape == asked.shape
 
 
 @every_model
-@every_shape
-def test_models_give_nothing(mixer, pattern, shape):
+def test_models_give_nothing(mixer, pattern):
     model, x = small_model(mixer, pattern), tokens()
-    state = map_state(lambda tensor: tensor[: shape[0]], model(x).state)
-    logits, after, aux = model(x[: shape[0], : shape[1]], state)
-    assert logits.shape == (*shape, model.vocab_size)
-    if not shape[1]:
-        for a, b in zip(state_tensors(after), state_tensors(state), strict=True):
-            assert torch.equal(a, b)
-    (logits.sum() + sum(value for key, value in aux.items() if is_loss(key))).backward()
-    gradients = [p.grad for p in model.parameters()]
-    assert all(gradient is not None for gradient in gradients)
-    assert all(gradient.to_dense().isfinite().all() for gradient in gradients)
+    with torch.no_grad():
+        read = model(x).state
+    for batch, length in SHAPES:
+        model.zero_grad()
+        state = map_state(lambda tensor, batch=batch: tensor[:batch], read)
+        logits, after, aux = model(x[:batch, :length], state)
+        assert logits.shape == (batch, length, model.vocab_size)
+        if not length:
+            for a, b in zip(state_tensors(after), state_tensors(state), strict=True):
+                assert torch.equal(a, b)
+        (logits.sum() + sum(value for key, value in aux.items() if is_loss(key))).backward()
+        gradients = [p.grad for p in model.parameters()]
+        assert all(gradient is not None for gradient in gradients)
+        assert all(gradient.to_dense().isfinite().all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

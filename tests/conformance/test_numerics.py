@@ -23,22 +23,21 @@ DECAYS = re.compile(
 
 
 @every_layer
-@pytest.mark.parametrize("scale", [1.0, 1e-3])
-def test_fp32_agrees_with_fp64(name, example, scale):
+def test_fp32_agrees_with_fp64(name, example):
     # The reads of a young memory are small: a norm whose epsilon is that of the dtype tells them
     # apart by the dtype.
     exact = example_layer(name, example)
-    x = scale * example_input(name, length=LENGTH)
     rounded = copy.deepcopy(exact).float()
-    assert_close(rounded(x.float()).y, exact(x).y, f"fp32 at inputs of {scale}", 1e-3)
+    for scale in (1.0, 1e-3):
+        x = scale * example_input(name, length=LENGTH)
+        assert_close(rounded(x.float()).y, exact(x).y, f"fp32 at inputs of {scale}", 1e-3)
 
 
 @every_layer
-@pytest.mark.parametrize("start", [0, 7])
-def test_gradients_are_bounded_on_a_run_of_zero_tokens(name, example, start):
+def test_gradients_are_bounded_on_a_run_of_zero_tokens(name, example):
     layer = example_layer(name, example, torch.float32)
     x = example_input(name, length=LENGTH, dtype=torch.float32)
-    x[:, start : start + 6] = 0.0
+    x[0, :6] = x[1, 7:13] = 0.0  # at the start, and after some text
     output = layer(x.requires_grad_())
     (output.y.sum() + sum(v for key, v in output.aux.items() if is_loss(key))).backward()
     gradients = {"x": x.grad, **{n: p.grad for n, p in layer.named_parameters()}}
