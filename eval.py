@@ -10,7 +10,8 @@ import sys
 
 from harness.signals import listen
 
-listen()  # before the imports, which take seconds
+if __name__ == "__main__":
+    listen()  # before the imports, which take seconds
 
 from harness.cli import report_errors
 from harness.eval_command import evaluate_command

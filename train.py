@@ -10,7 +10,8 @@ import sys
 
 from harness.signals import listen
 
-listen()  # before anything that takes time
+if __name__ == "__main__":
+    listen()  # before anything that takes time
 
 # Before torch is imported. Gradients of large tables are new memory in every step, and on a CPU
 # half of a sparse backward pass went into page faults: with huge pages it is up to three times as
