@@ -348,7 +348,6 @@ def test_the_program_trains_saves_and_compares(files, capsys):
     ("options", "message"),
     [
         (["--hidden", "4"], "--hidden names 1 levels, and the router's tree has 2"),
-        (["--batch", "0"], "batch must be 1 or more"),
         (["--router", "nowhere"], "nowhere"),
         (["--texts", "/dev/null"], "has no texts"),
     ],
@@ -356,4 +355,11 @@ def test_the_program_trains_saves_and_compares(files, capsys):
 def test_the_program_says_what_is_wrong_before_it_trains(files, options, message):
     with pytest.raises(RunError, match=message):
         program(files, *options)
+    assert not (files / "bank").exists()
+
+
+def test_the_program_says_what_a_number_must_be(files, capsys):
+    with pytest.raises(SystemExit):
+        program(files, "--batch", "0")
+    assert "--batch: expected a whole number, 1 or more, got '0'" in capsys.readouterr().err
     assert not (files / "bank").exists()
