@@ -145,15 +145,15 @@ def validations(run):
     }
 
 
-class StopAfter(Callback):
-    """Ctrl-C, twice, after an update."""
+class CrashAfter(Callback):
+    """A crash after an update."""
 
     def __init__(self, step):
         self.step = step
 
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == self.step:
-            raise KeyboardInterrupt
+            raise RuntimeError("the machine went away")
 
 
 def test_best_is_the_lowest_bits_per_byte_and_last_is_the_last(restless, tmp_path):
@@ -177,9 +177,10 @@ def test_a_resumed_run_remembers_its_best_and_its_tokens(restless, tmp_path):
     assert any(step > stop for step in found)
     composed = compose_checked([*restless, f"run_dir={tmp_path / 'stopped'}"])
     run = RunDirectory(tmp_path / "stopped")
+    run.path.mkdir()
     run.write_config(composed.config)
-    with pytest.raises(KeyboardInterrupt):
-        train(prepare(composed.config), run, callbacks=[StopAfter(stop)])
+    with pytest.raises(RuntimeError, match="went away"):
+        train(prepare(composed.config), run, callbacks=[CrashAfter(stop)])
     assert read_checkpoint(run.best)["global_step"] == best
     resume_run(str(run.path))
     assert validations(run) == found

@@ -50,10 +50,11 @@ def test_queries_and_keys_of_lact_have_a_scale_and_an_offset_before_silu():
     taps = memory.conv.weight[:, 0]  # of one token each
     raw = x @ memory.qkv_proj.weight.T * taps
     scale, offset = memory.qk_scale, memory.qk_offset
-    expected = [
-        F.normalize(F.silu(part * s + o).unflatten(-1, (2, 16)), dim=-1)
+    parts = [
+        F.silu(part * s + o).unflatten(-1, (2, 16))
         for part, s, o in zip(raw.chunk(3, -1)[:2], scale.chunk(2), offset.chunk(2), strict=True)
     ]
+    expected = [part / (part.square().sum(-1, keepdim=True) + 1e-6).sqrt() for part in parts]
     q, k, v = memory._features(memory.conv(memory.qkv_proj(x)).y, memory.init_state(1))
     assert_close(q, expected[0], "queries")
     assert_close(k, expected[1], "keys")
