@@ -55,6 +55,7 @@ class Segment:
         torch.mul(q, decay, out=queries.view(q.shape))
         self.v.view(v.shape).copy_(v)
 
+    @torch.compiler.disable  # it writes to views of other strides
     def forward(
         self, inputs: tuple[Tensor, ...], state: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,6 +81,7 @@ class Segment:
         y.baddbmm_(self.reading, s[:-1].flatten(0, 1), beta=scale, alpha=scale)
         return y, s, scores
 
+    @torch.compiler.disable
     def backward(
         self,
         inputs: tuple[Tensor, ...],

@@ -17,7 +17,7 @@ every_layer = pytest.mark.parametrize(
 LENGTH = 20
 DECAYS = re.compile(
     r"(_proj|proj\.\d|conv|router|reader)\.weight$|^weight$"  # linear layers and filters
-    r"|(write_proj|recurrent|persistent|keys|cores)$"  # ... held as they are; learned tokens; keys
+    r"|(write_proj|recurrent|persistent|keys|cores|\bC)$"  # ... held as they are; learned tokens
 )
 """Names of what weight decay may move: no norm, bias, decay parameter or initial state."""
 
