@@ -41,11 +41,12 @@ TESTS = {  # folder of the change to the tests that answer for it
     "configs": ["tests/conformance/test_configs.py", "tests/harness/test_check.py"],
     "programs": ["tests/harness/test_programs.py"],  # train.py and eval.py
 }
-SWAPS: dict[type[ast.AST], str] = {
-    ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
-    ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in",
-    ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "*",
-    ast.And: "or", ast.Or: "and",
+SWAPS: dict[type[ast.AST], tuple[str, str]] = {  # an operator as it is written, and another
+    ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"),
+    ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.Is: ("is", "is not"),
+    ast.IsNot: ("is not", "is"), ast.In: ("in", "not in"), ast.NotIn: ("not in", "in"),
+    ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"),
+    ast.FloorDiv: ("//", "*"), ast.Mod: ("%", "*"), ast.And: ("and", "or"), ast.Or: ("or", "and"),
 }  # fmt: skip
 OTHER_WORDS = {  # of a config
     "true": "false",
@@ -117,11 +118,11 @@ class _Finder(ast.NodeVisitor):
             return
         start, end = self._span(left)[1], self._span(right)[0]
         between = self.source[start:end]
-        old = {v: k for k, v in _SIGNS.items()}[type(operator)]
+        old, new = SWAPS[type(operator)]
         place = between.find(old)
         if place >= 0 and "#" not in between:
             at = start + place
-            self.found.append(Change(self.path, at, at + len(old), SWAPS[type(operator)]))
+            self.found.append(Change(self.path, at, at + len(old), new))
 
     def visit_Compare(self, node: ast.Compare) -> None:
         operands = [node.left, *node.comparators]
@@ -184,14 +185,6 @@ class _Finder(ast.NodeVisitor):
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
         pass
-
-
-_SIGNS: dict[str, type[ast.AST]] = {
-    "<=": ast.LtE, "<": ast.Lt, ">=": ast.GtE, ">": ast.Gt, "==": ast.Eq, "!=": ast.NotEq,
-    "is not": ast.IsNot, "is": ast.Is, "not in": ast.NotIn, "in": ast.In,
-    "+": ast.Add, "-": ast.Sub, "*": ast.Mult, "/": ast.Div, "//": ast.FloorDiv, "%": ast.Mod,
-    "and": ast.And, "or": ast.Or,
-}  # fmt: skip
 
 
 def changes_of(path: Path, source: str) -> list[Change]:
