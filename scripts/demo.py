@@ -3,6 +3,10 @@
 `make demo` runs it: a matrix memory, full attention and a short sliding window, alike in everything
 but the mixer, on multi-query associative recall; each is then tested at the training length and at
 four times that length.
+
+    python scripts/demo.py [option=value ...]
+
+Options are those of train.py, but for `run_dir`; `trainer.max_steps=50` is a quick look.
 """
 
 import sys
