@@ -156,6 +156,7 @@ def test_where_lower_is_better_the_lowest_decides(made, best):
     for lr in ("0.01", "0.03"):
         run = made.run("matrix", f"optimizer.lr={lr}_seed0")
         run.write_config({**run.read_config(), "task": {"_target_": "tasks.Text"}})
+        run.write_summary(monitor="bits_per_byte")
         run.metrics.write_text(f"step,val/bits_per_byte\n1,{1.5 if lr == best else 2.5}\n2,3.0\n")
     grid = Grid(read_reproduction("tiny"), made.path / "runs" / "tiny")
     assert [(job.value, job.seed) for job in grid.chosen("matrix")] == [(best, 0), (best, 1)]
