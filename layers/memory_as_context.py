@@ -40,18 +40,18 @@ class ContextState(NamedTuple):
 
 
 @register(
-    default={
-        "memory": partial(GatedDeltaNet, heads=2),
-        "segment": 5,
-        "heads": 2,
-        "persistent": 3,
-    },
     bare={
         "memory": partial(GatedDeltaNet, heads=1, conv_size=1),
         "segment": 8,
         "heads": 1,
         "persistent": 0,
         "rope_base": None,
+    },
+    default={
+        "memory": partial(GatedDeltaNet, heads=2),
+        "segment": 5,
+        "heads": 2,
+        "persistent": 3,
     },
 )
 class MemoryAsContext(Layer):

