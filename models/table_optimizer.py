@@ -120,7 +120,7 @@ def lazy_adamw_(table: nn.Parameter, state: dict[str, Any], group: dict[str, Any
     # lr * (m / c1) / (sqrt(v / c2) + eps), with the corrections c taken out of the rows
     root = (1 - beta2 ** state["step"]) ** 0.5
     rate = float(group["lr"]) * root / (1 - beta1 ** state["step"])
-    eps = group.get("eps", EPS) * root
+    eps = _eps(group) * root
     for rows, gradient in _blocks(table):
         m = mean.index_select(0, rows).lerp_(gradient, 1 - beta1)
         v = square.index_select(0, rows).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
@@ -140,7 +140,7 @@ def rowwise_adagrad_(table: nn.Parameter, state: dict[str, Any], group: dict[str
     """
     if not state:
         state["sum"] = torch.zeros(len(table), dtype=_wide(table), device=table.device)
-    sums, lr, eps = state["sum"], float(group["lr"]), group.get("eps", EPS)
+    sums, lr, eps = state["sum"], float(group["lr"]), _eps(group)
     for rows, gradient in _blocks(table):
         s = sums.index_select(0, rows).add_(gradient.square().mean(1))
         sums.index_copy_(0, rows, s)
@@ -179,6 +179,12 @@ def _descend(table: nn.Parameter, rows: Tensor, step: Tensor, group: dict[str, A
     if decay:
         step.add_(table.index_select(0, rows), alpha=decay)
     table.index_add_(0, rows, step.to(table.dtype), alpha=-1)
+
+
+def _eps(group: dict[str, Any]) -> float:
+    """What the dense optimiser adds to roots; Adafactor's pair is of other places."""
+    eps = group.get("eps", EPS)
+    return eps if isinstance(eps, float) else EPS
 
 
 def _wide(table: Tensor) -> torch.dtype:
