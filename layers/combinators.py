@@ -60,7 +60,7 @@ class Residual(_Composite):
     Args:
         d_model: width D.
         layer: recipe of the layer inside.
-        dropout: probability of zeroing an element of the layer's output in training.
+        dropout: probability of zeroing an element of the layer's output in training; default 0.0.
     """
 
     def __init__(self, d_model: int, *, layer: Recipe, dropout: float = 0.0) -> None:

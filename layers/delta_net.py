@@ -38,7 +38,8 @@ class DeltaNet(MatrixMemory):
         negative_eigenvalues: doubles b, so that a write can flip the sign of what a key holds
             (arXiv 2411.12537); default False.
         output_gate: multiply the output by `silu(W_g x)`; default False.
-        chunk_size: tokens per tile of the chunked form; changes speed, not the function.
+        chunk_size: tokens per tile of the chunked form; changes speed, not the function. Default
+            64.
 
     State: `H K V` memory scalars and `(conv_size - 1)(2 H K + H V)` of the convolution.
 

@@ -47,7 +47,8 @@ class GatedDeltaNet(MatrixMemory):
             (arXiv 2411.12537); default False.
         output_gate: multiply the output by `silu(W_g x)`; default True.
         norm_eps: epsilon of the output's norm; default 1e-5; Qwen3-Next has 1e-6.
-        chunk_size: tokens per tile of the chunked form; changes speed, not the function.
+        chunk_size: tokens per tile of the chunked form; changes speed, not the function. Default
+            64.
 
     State: `H K V` memory scalars and `(conv_size - 1)(2 G K + H V)` of the convolution.
 

@@ -44,7 +44,8 @@ class LinearAttention(MatrixMemory):
         conv_size: taps of a short convolution over q, k and v; default 1, none, as in the papers.
             Without one, here or in a layer before, a key cannot be shifted onto its value.
         output_gate: multiply the output by `silu(W_g x)`; default False.
-        chunk_size: tokens per tile of the chunked form; changes speed, not the function.
+        chunk_size: tokens per tile of the chunked form; changes speed, not the function. Default
+            64.
 
     State: with F features, `H F V` memory scalars, `H F` of z, and the convolution's tail. F is K,
     or `1 + K + K (K + 1) / 2` for "taylor".

@@ -52,7 +52,8 @@ class Mamba2(MatrixMemory):
         bias: biases of the linear maps; default False.
         step_limit: smallest and largest step d_t; default (0, inf), none.
         norm_eps: epsilon of the output's norm; default 1e-5.
-        chunk_size: tokens per tile of the chunked form; changes speed, not the function.
+        chunk_size: tokens per tile of the chunked form; changes speed, not the function. Default
+            64.
 
     State: `expand * d_model * N` memory scalars, and `(conv_size - 1)(2 G N + expand * d_model)` of
     the convolution.

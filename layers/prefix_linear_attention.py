@@ -61,7 +61,8 @@ class PrefixLinearAttention(Layer):
             the paper, and V for "elu".
         feature_map: "taylor" (default), the exponential to second order, or "elu", `elu(x) + 1`.
         prefix: tokens M at the start of each sequence that the encoder reads.
-        chunk_size: tokens per tile of the chunked form; changes speed, not the function.
+        chunk_size: tokens per tile of the chunked form; changes speed, not the function. Default
+            64.
 
     State: with F features (K, or `1 + K + K (K + 1) / 2` for "taylor"), `2 H F (V + 1)` scalars and
     the position. A sequence shorter than M is ordinary linear attention.

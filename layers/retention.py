@@ -37,7 +37,8 @@ class Retention(MatrixMemory):
         rope_base: base of the rotary wavelengths; default 10000.
         conv_size: taps of a short convolution over q, k and v; default 1, none, as in the paper.
         output_gate: multiply the output by `silu(W_g x)`; default True.
-        chunk_size: tokens per tile of the chunked form; changes speed, not the function.
+        chunk_size: tokens per tile of the chunked form; changes speed, not the function. Default
+            64.
 
     State: `H K V` memory scalars, one position, and the convolution's tail.
 

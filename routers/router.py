@@ -57,9 +57,9 @@ class Router:
         Args:
             texts: of training, one or more; a question or a test text has no place here.
             embedder: not fitted yet, and not changed.
-            branching: children of each node, k.
-            depth: levels, p; HMB has k = 16 and p = 4.
-            seed: of the tree.
+            branching: children of each node, k; default 4.
+            depth: levels, p; default 3. HMB has k = 16 and p = 4.
+            seed: of the tree; default 0.
             clustering: of each node; None: the defaults of `Clustering`.
 
         Raises:

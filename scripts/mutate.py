@@ -32,10 +32,14 @@ from harness.cli import report_errors
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {  # folder of the change to the tests that answer for it
     "ops": ["tests/ops"],
-    "layers": ["tests/layers", "tests/conformance/test_layers.py"],
+    "layers": [
+        "tests/conformance/test_registry.py",
+        "tests/layers",
+        "tests/conformance/test_layers.py",
+    ],
     "models": ["tests/models", "tests/conformance/test_models.py", "tests/harness"],
     "tasks": ["tests/tasks"],
-    "routers": ["tests/routers"],
+    "routers": ["tests/routers", "tests/conformance/test_registry.py"],
     "harness": ["tests/harness"],
     "scripts": ["tests/scripts", "tests/test_readme.py"],
     "configs": ["tests/conformance/test_configs.py", "tests/harness/test_check.py"],
