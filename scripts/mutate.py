@@ -60,7 +60,7 @@ OTHER_WORDS = {  # of a config
     "ops.test_time.MLP": "ops.test_time.Matrix",
 }
 FIXTURES = ("_inputs", "_flops", "inputs", "flops")  # of ops: what their tests are given
-TIME_LIMIT = 1200.0  # seconds a change's tests may take; a change that hangs was noticed
+TIME_LIMIT = 600.0  # seconds a change's tests may take; a change that hangs was noticed
 
 
 @dataclass(frozen=True)
