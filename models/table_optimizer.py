@@ -184,7 +184,7 @@ def _descend(table: nn.Parameter, rows: Tensor, step: Tensor, group: dict[str, A
 def _eps(group: dict[str, Any]) -> float:
     """What the dense optimiser adds to roots; Adafactor's pair is of other places."""
     eps = group.get("eps", EPS)
-    return eps if isinstance(eps, float) else EPS
+    return EPS if isinstance(eps, tuple | list) else eps
 
 
 def _wide(table: Tensor) -> torch.dtype:

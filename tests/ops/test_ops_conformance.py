@@ -44,7 +44,7 @@ def test_op_explains_itself_and_has_a_fast_form(name):
     assert OPS[name].forms
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 130])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 130])
 @pytest.mark.parametrize("case", EVERY_REGIME, ids=ident)
 def test_form_equals_naive_in_value_state_and_gradient(case, length):
     name, form, regime = case
