@@ -6,45 +6,49 @@
 
 A change is a comparison, an arithmetic operator or a boolean turned round, a number raised, a
 statement left out, or a value of a config; annotations, docstrings, messages of errors and the
-inputs of tests inside `ops` are left alone. Each is made in a copy of the tree, in which the tests
-that mirror its folder run until one fails. What survives is printed as it would be read: file,
-line, before and after. Which changes are drawn follows from the seed and the files.
+inputs of tests inside `ops` are left alone. Each is made in a copy of the tree, in which those
+tests run that ran the changed line before, until one fails: those named like the file first, then
+the quick ones. What survives is printed as it would be read: file, line, before and after. Which
+changes are drawn follows from the seed and the files.
+
+Which test runs which line is found once by a run of the whole suite (in subprocesses too), which
+takes about twice its usual time, and is kept in `.cache/mutate` until a file changes. A test that
+fails there is not asked.
 """
 
 import argparse
 import ast
+import contextlib
+import hashlib
 import os
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import coverage
+import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from harness.cli import report_errors
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = {  # folder of the change to the tests that answer for it
-    "ops": ["tests/ops"],
-    "layers": [
-        "tests/conformance/test_registry.py",
-        "tests/layers",
-        "tests/conformance/test_layers.py",
-    ],
-    "models": ["tests/models", "tests/conformance/test_models.py", "tests/harness"],
-    "tasks": ["tests/tasks"],
-    "routers": ["tests/routers", "tests/conformance/test_registry.py"],
-    "harness": ["tests/harness"],
-    "scripts": ["tests/scripts", "tests/test_readme.py"],
-    "configs": ["tests/conformance/test_configs.py", "tests/harness/test_check.py"],
-    "programs": ["tests/harness/test_programs.py"],  # train.py and eval.py
-}
+FOLDERS = [
+    "ops", "layers", "models", "tasks", "routers", "harness", "scripts", "configs", "programs",
+]  # fmt: skip
+OF_CONFIGS = ("tests/conformance/test_configs.py", "tests/conformance/test_published_choices.py",
+              "tests/harness/test_check.py")  # fmt: skip
+CACHE = ROOT / ".cache" / "mutate"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SWAPS: dict[type[ast.AST], tuple[str, str]] = {  # an operator as it is written, and another
     ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"),
     ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.Is: ("is", "is not"),
@@ -60,7 +64,15 @@ OTHER_WORDS = {  # of a config
     "ops.test_time.MLP": "ops.test_time.Matrix",
 }
 FIXTURES = ("_inputs", "_flops", "inputs", "flops")  # of ops: what their tests are given
-TIME_LIMIT = 600.0  # seconds a change's tests may take; a change that hangs was noticed
+PATIENCE = (4, 120.0)  # times what its tests took, and seconds on top; what hangs was noticed
+COVERAGE = """
+[run]
+parallel = true
+source = {root}
+omit = */tests/*
+data_file = {data}
+context = ${{PYTEST_CURRENT_TEST-}}
+"""  # the context of a program that a test starts is that test
 
 
 @dataclass(frozen=True)
@@ -222,9 +234,12 @@ def _changes_of_config(path: Path, source: str) -> Iterator[Change]:
 def files_of(folder: str) -> list[Path]:
     """The files of a top-level folder that git tracks."""
     names = ["train.py", "eval.py"] if folder == "programs" else [folder]
+    return [Path(name) for name in _tracked(*names) if name.endswith((".py", ".yaml"))]
+
+
+def _tracked(*names: str) -> list[str]:
     command = ["git", "-C", str(ROOT), "ls-files", *names]
-    tracked = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    return [Path(name) for name in tracked if name.endswith((".py", ".yaml"))]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
 
 def draw(folder: str, count: int, seed: int) -> list[Change]:
@@ -233,61 +248,153 @@ def draw(folder: str, count: int, seed: int) -> list[Change]:
     return random.Random(f"{folder} {seed}").sample(found, min(count, len(found)))
 
 
-def noticed(change: Change, folder: str) -> bool:
-    """Whether a test fails, or never ends, with the change."""
-    with tempfile.TemporaryDirectory() as place:
-        tracked = subprocess.run(
-            ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True
-        ).stdout.split()
-        for name in tracked:
-            target = Path(place) / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target)
-        path = Path(place) / change.path
-        path.write_text(change.applied(path.read_text()))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-        try:
-            done = subprocess.run(
-                [*command, *_nearest_first(change.path, folder)],
-                cwd=place,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                capture_output=True,
-                timeout=TIME_LIMIT,
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """As a plugin of the run that is traced: lines belong to the test that runs them."""
+    tracer = coverage.Coverage.current()
+    if tracer is not None:
+        tracer.switch_context(item.nodeid)
+    return (yield)
+
+
+class Suite:
+    """Which test runs which line, and how long each takes.
+
+    Args:
+        folder: where the traced run's data and output lie.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        output = (folder / "output.txt").read_text()
+        self.seconds = dict.fromkeys(re.findall(r"PASSED (tests/.*?) *$", output, re.M), 0.0)
+        for seconds, test in re.findall(r"^([\d.]+)s \w+ +(tests/.*?) *$", output, re.M):
+            if test in self.seconds:
+                self.seconds[test] += float(seconds)
+        self.data = coverage.CoverageData(str(folder / "data"))
+        self.data.read()
+        self.root = Path((folder / "root").read_text())
+
+    def tests_of(self, change: Change, source: str) -> list[str]:
+        """The tests that may notice a change, in the order in which they are asked.
+
+        Lines that run only when a module is imported (constants, defaults) are every test's that
+        runs a line of the file.
+        """
+        if change.path.suffix == ".yaml":
+            name = change.path.stem
+            found = {t for t in self.seconds if t.startswith(OF_CONFIGS) or name in t}
+        else:
+            lines = self.data.contexts_by_lineno(str(self.root / change.path))
+            statement = _lines_of_statement(source, source.count("\n", 0, change.start) + 1)
+            found = self._named(lines.get(line, []) for line in statement)
+            found = found or self._named(lines.values())
+        names = {change.path.stem, change.path.parent.name} - {*FOLDERS, "__init__", ""}
+        return sorted(found, key=lambda t: (not any(n in t for n in names), self.seconds[t]))
+
+    def _named(self, contexts: Iterable[list[str]]) -> set[str]:
+        """Contexts of lines as tests; those of programs have the test's phase behind them."""
+        flat = {context for some in contexts for context in some}
+        return {re.sub(r" \((setup|call|teardown)\)$", "", one) for one in flat} & set(self.seconds)
+
+
+def _lines_of_statement(source: str, line: int) -> range:
+    """The lines of the innermost statement around a line, without the body of a block."""
+    found = range(line, line + 1)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.stmt) and node.lineno <= line:
+            end = node.end_lineno or node.lineno
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body:
+                end = max(node.lineno, body[0].lineno - 1)
+            if line <= end and (len(found) == 1 or node.lineno >= found.start):
+                found = range(node.lineno, end + 1)
+    return found
+
+
+def trace() -> Suite:
+    """The suite as it was traced, once for a state of the files."""
+    digest = hashlib.sha256()
+    for name in sorted(_tracked()):
+        if name.endswith((".py", ".yaml")):
+            digest.update(name.encode() + (ROOT / name).read_bytes())
+    folder = CACHE / digest.hexdigest()[:16]
+    if not (folder / "root").exists():
+        print("tracing the whole suite, once; this takes long", flush=True)
+        shutil.rmtree(CACHE, ignore_errors=True)
+        folder.mkdir(parents=True)
+        rules = folder / "coveragerc"
+        rules.write_text(COVERAGE.format(root=ROOT, data=folder / "data"))
+        command = ["-m", "pytest", "-p", "scripts.mutate", "-vv", "--durations=0", "-n", "2"]
+        with (folder / "output.txt").open("w") as output:
+            subprocess.run(
+                [sys.executable, *command, "--dist", "worksteal"],
+                cwd=ROOT,
+                env={**ENVIRONMENT, "COVERAGE_PROCESS_START": str(rules)},
+                stdout=output,
+                stderr=output,
                 check=False,
             )
+        combined = coverage.Coverage(config_file=str(rules))
+        combined.combine()
+        combined.save()
+        (folder / "root").write_text(str(ROOT))  # last: the trace is whole
+    return Suite(folder)
+
+
+def noticed(change: Change, suite: Suite) -> bool:
+    """Whether a test fails, or never ends, with the change."""
+    source = (ROOT / change.path).read_text()
+    tests = suite.tests_of(change, source)
+    if not tests:
+        return False
+    times, more = PATIENCE
+    with tempfile.TemporaryDirectory() as place:
+        tree = Path(place) / "tree"
+        clone = ["git", "clone", "--quiet", "--shared", str(ROOT), str(tree)]
+        subprocess.run(clone, check=True)  # some tests ask git
+        for name in _tracked():  # as it is now, committed or not
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name, follow_symlinks=False)
+        (tree / change.path).write_text(change.applied(source))
+        (Path(place) / "tests.txt").write_text("\n".join(tests))
+        asked = subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+             f"@{place}/tests.txt"],
+            cwd=tree, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            return asked.wait(times * sum(suite.seconds[test] for test in tests) + more) != 0
         except subprocess.TimeoutExpired:
             return True
-        return done.returncode != 0
-
-
-def _nearest_first(path: Path, folder: str) -> list[str]:
-    """The tests of a folder, those first whose name holds that of the file or its folder."""
-    places = [ROOT / place for place in TESTS[folder]]
-    found = [[place] if place.is_file() else sorted(place.rglob("test_*.py")) for place in places]
-    files = [str(file.relative_to(ROOT)) for inside in found for file in inside]
-    names = {path.stem, path.parent.name} - {folder, "__init__"}
-    return sorted(files, key=lambda file: not any(name in Path(file).stem for name in names))
+        finally:  # programs that a test started end with it
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(asked.pid, signal.SIGKILL)
+            asked.wait()
 
 
 def main(arguments: Sequence[str]) -> int:
     """Draws, tries and reports; 1 if a folder has fewer than nine in ten noticed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("folders", nargs="*", help=f"of {', '.join(TESTS)}; default all")
+    parser.add_argument("folders", nargs="*", help=f"of {', '.join(FOLDERS)}; default all")
     parser.add_argument("--count", type=int, default=10, help="changes of each folder")
     parser.add_argument("--seed", type=int, default=0, help="draws others")
     parser.add_argument("--jobs", type=int, default=1, help="changes tried at a time")
     options = parser.parse_args(arguments)
-    if unknown := set(options.folders) - set(TESTS):
-        parser.error(f"no folder {', '.join(sorted(unknown))}; there are {', '.join(TESTS)}")
-    few = False
-    for folder in options.folders or TESTS:
+    if unknown := set(options.folders) - set(FOLDERS):
+        parser.error(f"no folder {', '.join(sorted(unknown))}; there are {', '.join(FOLDERS)}")
+    few, suite = False, trace()
+    for folder in options.folders or FOLDERS:
         drawn = draw(folder, options.count, options.seed)
         with ThreadPoolExecutor(options.jobs) as pool:
-            results = list(pool.map(partial(noticed, folder=folder), drawn))
+            results = []
+            for change, seen in zip(
+                drawn, pool.map(partial(noticed, suite=suite), drawn), strict=True
+            ):
+                results.append(seen)
+                if not seen:
+                    print(change.described((ROOT / change.path).read_text()), flush=True)
         print(f"{folder}: {sum(results)} of {len(results)} noticed", flush=True)
-        for change, seen in zip(drawn, results, strict=True):
-            if not seen:
-                print(change.described((ROOT / change.path).read_text()), flush=True)
         few |= sum(results) < 0.9 * len(results)
     return int(few)
 
