@@ -8,7 +8,7 @@ with comma-separated values runs a sweep; `resume=<run directory>` continues a r
 import os
 import sys
 
-from harness.signals import listen
+from mneme.harness.signals import listen
 
 if __name__ == "__main__":
     listen()  # before anything that takes time
@@ -21,9 +21,9 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import hydra
 from omegaconf import DictConfig
 
-from harness.cli import report_errors
-from harness.compose import check_sweep, checked, claim_sweep, compose_checked, job_choices
-from harness.jobs import resume_run, start_job, start_run
+from mneme.harness.cli import report_errors
+from mneme.harness.compose import check_sweep, checked, claim_sweep, compose_checked, job_choices
+from mneme.harness.jobs import resume_run, start_job, start_run
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")

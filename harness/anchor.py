@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.check import ConfigError
-from harness.checkpoints import (
+from mneme.harness.check import ConfigError
+from mneme.harness.checkpoints import (
     BANK,
     check_router,
     checkpoint_vocabulary,
@@ -14,9 +14,9 @@ from harness.checkpoints import (
     model_weights,
     read_checkpoint,
 )
-from harness.run_directory import RunError, find_run
-from models import LanguageModel
-from tasks.base import Task
+from mneme.harness.run_directory import RunError, find_run
+from mneme.models import LanguageModel
+from mneme.tasks.base import Task
 
 
 @dataclass(frozen=True)

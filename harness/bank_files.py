@@ -2,13 +2,13 @@
 
 from lightning.pytorch import Trainer
 
-from harness.checkpoints import EndOfStep
-from harness.console import say
-from harness.run_directory import RunDirectory
-from layers import MemoryBank
-from models import LanguageModel
-from models.bank import anchor_hash, write_bank
-from tasks.base import Task
+from mneme.harness.checkpoints import EndOfStep
+from mneme.harness.console import say
+from mneme.harness.run_directory import RunDirectory
+from mneme.layers import MemoryBank
+from mneme.models import LanguageModel
+from mneme.models.bank import anchor_hash, write_bank
+from mneme.tasks.base import Task
 
 
 class SaveBank(EndOfStep):

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, get_origin
 
-from harness.check import TARGET
-from harness.signatures import signature_of
-from harness.targets import resolve_target
-from layers import Layer
+from mneme.harness.check import TARGET
+from mneme.harness.signatures import signature_of
+from mneme.harness.targets import resolve_target
+from mneme.layers import Layer
 
 
 def build(node: Any, **given: Any) -> Any:

@@ -11,9 +11,16 @@ from typing import Any, get_args
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
-from harness.signatures import Signature, accepts, element_of, public_name, readable, signature_of
-from harness.targets import TargetError, resolve_target, suggest
-from layers import Layer
+from mneme.harness.signatures import (
+    Signature,
+    accepts,
+    element_of,
+    public_name,
+    readable,
+    signature_of,
+)
+from mneme.harness.targets import TargetError, resolve_target, suggest
+from mneme.layers import Layer
 
 TARGET = "_target_"
 MISSING = "???"  # how a config marks a value that the user has to give

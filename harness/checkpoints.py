@@ -12,13 +12,13 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from harness import signals
-from harness.check import Config
-from harness.run_directory import RunDirectory, RunError, rank, write_atomically
-from harness.signals import Interrupted
-from layers.regular_file import open_regular
-from models.diagnosis import NonFiniteError
-from tasks.base import Task
+from mneme.harness import signals
+from mneme.harness.check import Config
+from mneme.harness.run_directory import RunDirectory, RunError, rank, write_atomically
+from mneme.harness.signals import Interrupted
+from mneme.layers.regular_file import open_regular
+from mneme.models.diagnosis import NonFiniteError
+from mneme.tasks.base import Task
 
 FORMAT = 1
 _KEY = "mneme"

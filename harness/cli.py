@@ -13,14 +13,14 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.check import ConfigError, refused
-from harness.evaluation import FitError
-from harness.run_directory import RunError
-from harness.signals import Interrupted, interruptible
-from layers.quantised_rows import TableFileError
-from models.bank import BankError
-from models.diagnosis import NonFiniteError
-from routers import RouterError
+from mneme.harness.check import ConfigError, refused
+from mneme.harness.evaluation import FitError
+from mneme.harness.run_directory import RunError
+from mneme.harness.signals import Interrupted, interruptible
+from mneme.layers.quantised_rows import TableFileError
+from mneme.models.bank import BankError
+from mneme.models.diagnosis import NonFiniteError
+from mneme.routers import RouterError
 
 USER_ERRORS = (
     ConfigError,

@@ -1,7 +1,7 @@
 """Composing configs with Hydra, leniently, so that every mistake is reported at once.
 
 Hydra alone stops at the first unknown key. Here unknown keys are let in, and the check against the
-constructors (`harness.check`) then reports all of them with what was probably meant.
+constructors (`mneme.harness.check`) then reports all of them with what was probably meant.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,10 +27,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from harness.check import Config, ConfigError
-from harness.run_directory import claim_by_time
-from harness.schema import check_config
-from harness.targets import suggest
+from mneme.harness.check import Config, ConfigError
+from mneme.harness.run_directory import claim_by_time
+from mneme.harness.schema import check_config
+from mneme.harness.targets import suggest
 
 SWEEP_FLAGS = {"-m", "--multirun"}
 SHOW_FLAGS = {"-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info"}

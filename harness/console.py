@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from tasks.base import EvalSplit, Task
+from mneme.tasks.base import EvalSplit, Task
 
 # Remarks of libraries about themselves that no user of this project can act on.
 _REMARKS = (

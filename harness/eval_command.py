@@ -14,25 +14,32 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from harness.build import build
-from harness.check import TARGET, Config, ConfigError, blaming
-from harness.checkpoints import (
+from mneme.harness.build import build
+from mneme.harness.check import TARGET, Config, ConfigError, blaming
+from mneme.harness.checkpoints import (
     check_router,
     checkpoint_config,
     checkpoint_vocabulary,
     read_checkpoint,
 )
-from harness.compose import CONFIG_DIR, compose_group, parse_overrides
-from harness.console import EvalProgress, reference_line
-from harness.evaluation import Evaluation, FitError, check_fit, evaluate, lengthened, restore_model
-from harness.model_rules import NO_TABLE, check_size
-from harness.precision import run_precision
-from harness.provenance import provenance
-from harness.run_directory import RunDirectory, RunError, find_run, finite
-from harness.schema import check_config, check_options
-from harness.signatures import signature_of
-from harness.targets import resolve_target
-from harness.telemetry import (
+from mneme.harness.compose import CONFIG_DIR, compose_group, parse_overrides
+from mneme.harness.console import EvalProgress, reference_line
+from mneme.harness.evaluation import (
+    Evaluation,
+    FitError,
+    check_fit,
+    evaluate,
+    lengthened,
+    restore_model,
+)
+from mneme.harness.model_rules import NO_TABLE, check_size
+from mneme.harness.precision import run_precision
+from mneme.harness.provenance import provenance
+from mneme.harness.run_directory import RunDirectory, RunError, find_run, finite
+from mneme.harness.schema import check_config, check_options
+from mneme.harness.signatures import signature_of
+from mneme.harness.targets import resolve_target
+from mneme.harness.telemetry import (
     CORRELATED,
     Trace,
     check_surprise,
@@ -40,10 +47,10 @@ from harness.telemetry import (
     record_trace,
     write_telemetry,
 )
-from harness.usage_page import print_usage, write_usage
-from layers import Usage, metering, reads_tables, with_shared_tables
-from models import LanguageModel
-from tasks.base import Task
+from mneme.harness.usage_page import print_usage, write_usage
+from mneme.layers import Usage, metering, reads_tables, with_shared_tables
+from mneme.models import LanguageModel
+from mneme.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -234,7 +241,7 @@ def _learns_at_test_time(mixer: Path) -> bool:
         for base in config.pop("defaults", [])
     ]
     files = [mixer.with_stem(base) for base in bases if base != "_self_"]
-    named = "layers.TestTimeMemory" in OmegaConf.to_yaml(config)
+    named = "mneme.layers.TestTimeMemory" in OmegaConf.to_yaml(config)
     return named or any(_learns_at_test_time(file) for file in files if file.exists())
 
 

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.precision import Precision
 
-from harness.build import build
-from harness.check import TARGET, Config
-from harness.checkpoints import load_weights
-from harness.targets import resolve_target
-from harness.training import build_model
-from layers import State, detach_state, state_tensors
-from models import LanguageModel
-from models.lightning_module import state_before
-from tasks.base import Batch, EvalSplit, Task
-from tasks.metrics import Metrics
+from mneme.harness.build import build
+from mneme.harness.check import TARGET, Config
+from mneme.harness.checkpoints import load_weights
+from mneme.harness.targets import resolve_target
+from mneme.harness.training import build_model
+from mneme.layers import State, detach_state, state_tensors
+from mneme.models import LanguageModel
+from mneme.models.lightning_module import state_before
+from mneme.tasks.base import Batch, EvalSplit, Task
+from mneme.tasks.metrics import Metrics
 
 
 class FitError(ValueError):

@@ -13,22 +13,22 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from harness.check import Config, ConfigError
-from harness.checkpoints import check_router, check_same_run, read_checkpoint
-from harness.compose import Composed
-from harness.console import reference_line, say
-from harness.loggers import read_metrics
-from harness.resume_check import resume_problems
-from harness.run_directory import (
+from mneme.harness.check import Config, ConfigError
+from mneme.harness.checkpoints import check_router, check_same_run, read_checkpoint
+from mneme.harness.compose import Composed
+from mneme.harness.console import reference_line, say
+from mneme.harness.loggers import read_metrics
+from mneme.harness.resume_check import resume_problems
+from mneme.harness.run_directory import (
     RunDirectory,
     RunError,
     find_run,
     new_run_directory,
     refuse_occupied,
 )
-from harness.run_lock import alone
-from harness.schema import check_config, options
-from harness.training import Prepared, prepare, train
+from mneme.harness.run_lock import alone
+from mneme.harness.schema import check_config, options
+from mneme.harness.training import Prepared, prepare, train
 
 
 def start_run(composed: Composed) -> tuple[RunDirectory, dict[str, Any]]:

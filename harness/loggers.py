@@ -18,8 +18,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from harness.run_directory import RunDirectory, RunError, rank, write_atomically
-from layers.regular_file import read_regular
+from mneme.harness.run_directory import RunDirectory, RunError, rank, write_atomically
+from mneme.layers.regular_file import read_regular
 
 STEP = "step"
 

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 
 import torch
 
-from harness.build import build
-from harness.check import Config, ConfigError
-from harness.schema import Options
-from layers import reads_tables
-from models import LanguageModel
-from tasks.base import Task
+from mneme.harness.build import build
+from mneme.harness.check import Config, ConfigError
+from mneme.harness.schema import Options
+from mneme.layers import reads_tables
+from mneme.models import LanguageModel
+from mneme.tasks.base import Task
 
 NO_TABLE = "usage: no layer of this model reads a table; one with ffn=pkm does"
 

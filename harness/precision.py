@@ -4,8 +4,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import Precision
 
-from harness.check import Config, blaming
-from harness.console import quiet_libraries
+from mneme.harness.check import Config, blaming
+from mneme.harness.console import quiet_libraries
 
 
 def run_precision(config: Config) -> Precision:

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from harness.check import Config
-from harness.checkpoints import (
+from mneme.harness.check import Config
+from mneme.harness.checkpoints import (
     Checkpoints,
     checkpoint_vocabulary,
     is_count,
@@ -21,11 +21,11 @@ from harness.checkpoints import (
     misfits,
     model_weights,
 )
-from harness.training import optimizer_factory
-from models import LanguageModel
-from models.lightning_module import OptimizerFactory
-from models.parameter_groups import make_optimizer, with_tables
-from tasks.base import Task
+from mneme.harness.training import optimizer_factory
+from mneme.models import LanguageModel
+from mneme.models.lightning_module import OptimizerFactory
+from mneme.models.parameter_groups import make_optimizer, with_tables
+from mneme.tasks.base import Task
 
 _LISTED = 8  # problems in one message
 _SIZES = (2, 3, 5, 7, 11)  # of a trial parameter's axes: no two alike, so that axes can be told

@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
-from harness.check import Config, ConfigError, blaming
-from layers.atomic_file import replacing
-from layers.regular_file import read_regular
+from mneme.harness.check import Config, ConfigError, blaming
+from mneme.layers.atomic_file import replacing
+from mneme.layers.regular_file import read_regular
 
 RUNS = Path("runs")
 _SHARED = "MNEME_RUN_DIR"  # how the processes of one run agree on its directory

@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
 
-from harness.run_directory import RunError, rank
-from layers.atomic_file import remove_leftovers
+from mneme.harness.run_directory import RunError, rank
+from mneme.layers.atomic_file import remove_leftovers
 
 LOCK = ".lock"
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 from torch.optim import Optimizer
 
-from harness.check import (
+from mneme.harness.check import (
     MISSING,
     TARGET,
     Config,
@@ -15,13 +15,13 @@ from harness.check import (
     check_target,
     check_value,
 )
-from harness.loggers import Dashboard
-from harness.signatures import readable, signature_of
-from harness.targets import suggest
-from harness.trainer_rules import check_trainer
-from layers import Layer
-from models import LanguageModel, Schedule
-from tasks.base import Task
+from mneme.harness.loggers import Dashboard
+from mneme.harness.signatures import readable, signature_of
+from mneme.harness.targets import suggest
+from mneme.harness.trainer_rules import check_trainer
+from mneme.layers import Layer
+from mneme.models import LanguageModel, Schedule
+from mneme.tasks.base import Task
 
 
 @dataclass(frozen=True)

@@ -9,24 +9,24 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 
-from harness.build import build
-from harness.check import TARGET, Config
-from harness.checkpoints import (
+from mneme.harness.build import build
+from mneme.harness.check import TARGET, Config
+from mneme.harness.checkpoints import (
     BANK,
     checkpoint_config,
     checkpoint_vocabulary,
     model_weights,
     read_checkpoint,
 )
-from harness.precision import run_precision
-from harness.run_directory import RunDirectory, RunError
-from harness.schema import check_config
-from models import LanguageModel, generate
-from models.bank import anchor_hash
-from models.bank.reading import Read
-from models.bank.stored import StoredBank
-from routers import Router
-from tasks.facts.words import Words
+from mneme.harness.precision import run_precision
+from mneme.harness.run_directory import RunDirectory, RunError
+from mneme.harness.schema import check_config
+from mneme.models import LanguageModel, generate
+from mneme.models.bank import anchor_hash
+from mneme.models.bank.reading import Read
+from mneme.models.bank.stored import StoredBank
+from mneme.routers import Router
+from mneme.tasks.facts.words import Words
 
 
 class WithoutBlocks(LanguageModel):
@@ -93,7 +93,7 @@ def load(
         checkpoint: `last.ckpt`, which has the weights of when the bank was written.
         bank: its folder.
         cache_bytes: for blocks that were read.
-        read: how, see `models.bank.reading`.
+        read: how, see `mneme.models.bank.reading`.
 
     Raises:
         RunError: the model reads no bank, or the run has no words.

@@ -11,7 +11,7 @@ from typing import Any
 from beartype import BeartypeConf
 from beartype.door import is_bearable
 
-from layers import Layer
+from mneme.layers import Layer
 
 # An int is accepted where a float is asked for, as in the numeric tower of PEP 484.
 _TOWER = BeartypeConf(is_pep484_tower=True)

@@ -4,7 +4,7 @@ import time
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from models import SequenceModule
+from mneme.models import SequenceModule
 
 
 class Stopwatch(Callback):

@@ -7,7 +7,7 @@ from html import escape
 from itertools import groupby
 from typing import NamedTuple
 
-from harness.page import document
+from mneme.harness.page import document
 
 # Control characters have pictures; a line break shows itself and breaks the line.
 _VISIBLE = {i: chr(0x2400 + i) for i in range(32) if chr(i) != "\t"} | {127: "␡", 10: "↵\n"}

@@ -13,11 +13,11 @@ from typing import Any
 
 ALLOWED = (
     "layers",
-    "ops.test_time",
+    "mneme.ops.test_time",
     "models",
     "tasks",
-    "harness.loggers.TensorBoard",
-    "harness.loggers.Wandb",
+    "mneme.harness.loggers.TensorBoard",
+    "mneme.harness.loggers.Wandb",
     "torch.nn",
     "torch.optim",
     "lightning.pytorch.Trainer",

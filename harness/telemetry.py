@@ -15,14 +15,14 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 
-from harness.evaluation import FitError
-from harness.run_directory import write_atomically
-from harness.surprise_page import Section, Token, page
-from layers import recording
-from models import LanguageModel
-from tasks import Text
-from tasks.base import IGNORE, EvalSplit, Task
-from tasks.metrics import score
+from mneme.harness.evaluation import FitError
+from mneme.harness.run_directory import write_atomically
+from mneme.harness.surprise_page import Section, Token, page
+from mneme.layers import recording
+from mneme.models import LanguageModel
+from mneme.tasks import Text
+from mneme.tasks.base import IGNORE, EvalSplit, Task
+from mneme.tasks.metrics import score
 
 SURPRISE = "surprise"  # what a layer with a memory that learns at test time reports
 CURVES = (SURPRISE, "forget", "memory_norm")  # drawn over position; the table has all reports

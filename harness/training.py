@@ -9,28 +9,28 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 
-from harness.anchor import Anchor, freeze_all_but_bank, start_from
-from harness.bank_files import SaveBank
-from harness.build import build
-from harness.check import Config, blaming
-from harness.checkpoints import (
+from mneme.harness.anchor import Anchor, freeze_all_but_bank, start_from
+from mneme.harness.bank_files import SaveBank
+from mneme.harness.build import build
+from mneme.harness.check import Config, blaming
+from mneme.harness.checkpoints import (
     AtomicCheckpointIO,
     Checkpoints,
     StopOnSignal,
 )
-from harness.console import RunProgressBar, label, quiet_libraries, say
-from harness.loggers import Dashboard, MetricsFile, last_validation
-from harness.model_rules import check_model, check_size
-from harness.precision import run_precision
-from harness.provenance import config_hash, provenance
-from harness.run_directory import RunDirectory
-from harness.schema import options
-from harness.signals import Interrupted, interruptible
-from harness.stopwatch import Stopwatch
-from models import Budget, LanguageModel, SequenceModule, budget
-from models.lightning_module import OptimizerFactory
-from models.parameter_groups import make_optimizer
-from tasks.base import Task
+from mneme.harness.console import RunProgressBar, label, quiet_libraries, say
+from mneme.harness.loggers import Dashboard, MetricsFile, last_validation
+from mneme.harness.model_rules import check_model, check_size
+from mneme.harness.precision import run_precision
+from mneme.harness.provenance import config_hash, provenance
+from mneme.harness.run_directory import RunDirectory
+from mneme.harness.schema import options
+from mneme.harness.signals import Interrupted, interruptible
+from mneme.harness.stopwatch import Stopwatch
+from mneme.models import Budget, LanguageModel, SequenceModule, budget
+from mneme.models.lightning_module import OptimizerFactory
+from mneme.models.parameter_groups import make_optimizer
+from mneme.tasks.base import Task
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from harness.page import document
-from harness.run_directory import finite, write_atomically
-from layers import Usage
+from mneme.harness.page import document
+from mneme.harness.run_directory import finite, write_atomically
+from mneme.layers import Usage
 
 LEFT, WIDTH, HEIGHT, TOP = 70, 560, 220, 30  # of a curve, in the picture's own units
 POINTS = 200  # of a curve

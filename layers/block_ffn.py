@@ -5,13 +5,13 @@ from jaxtyping import Bool, Float, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers.experts import Experts
-from layers.norm import RMSNorm
-from layers.precision import at_least_fp32
-from layers.protocol import Layer, Output, State, require_at_least
-from layers.registry import register
-from layers.telemetry import observe
-from ops.routing import mean_over_tokens, router_logits
+from mneme.layers.experts import Experts
+from mneme.layers.norm import RMSNorm
+from mneme.layers.precision import at_least_fp32
+from mneme.layers.protocol import Layer, Output, State, require_at_least
+from mneme.layers.registry import register
+from mneme.layers.telemetry import observe
+from mneme.ops.routing import mean_over_tokens, router_logits
 
 _STEEP = 100.0  # of the sigmoid that takes a logit for active or not, as in the released code
 

@@ -8,7 +8,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from layers.eidetic import (
+from mneme.layers.eidetic import (
     EideticState,
     nothing_kept,
     number_kept,
@@ -16,12 +16,12 @@ from layers.eidetic import (
     select,
     still_waiting,
 )
-from layers.gated_delta_net import GatedDeltaNet
-from layers.key_sets import Blocks, attend
-from layers.norm import RMSNorm
-from layers.protocol import Layer, Output, Recipe, State, join_aux, require_at_least
-from layers.registry import register
-from layers.softmax_attention import SoftmaxAttention
+from mneme.layers.gated_delta_net import GatedDeltaNet
+from mneme.layers.key_sets import Blocks, attend
+from mneme.layers.norm import RMSNorm
+from mneme.layers.protocol import Layer, Output, Recipe, State, join_aux, require_at_least
+from mneme.layers.registry import register
+from mneme.layers.softmax_attention import SoftmaxAttention
 
 
 class BMojoState(NamedTuple):

@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.block_ffn import BlockFFN
-from layers.mixture_of_experts import MixtureOfExperts
-from layers.precision import at_least_fp32
-from layers.protocol import Layer, Output, Recipe, require_at_least
-from layers.registry import register
+from mneme.layers.block_ffn import BlockFFN
+from mneme.layers.mixture_of_experts import MixtureOfExperts
+from mneme.layers.precision import at_least_fp32
+from mneme.layers.protocol import Layer, Output, Recipe, require_at_least
+from mneme.layers.registry import register
 
 
 class ChunkState(NamedTuple):

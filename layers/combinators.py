@@ -11,10 +11,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.feed_forward import MLP
-from layers.gated_convolution import GatedConvolution
-from layers.norm import RMSNorm
-from layers.protocol import (
+from mneme.layers.feed_forward import MLP
+from mneme.layers.gated_convolution import GatedConvolution
+from mneme.layers.norm import RMSNorm
+from mneme.layers.protocol import (
     Layer,
     LayerList,
     Output,
@@ -24,7 +24,7 @@ from layers.protocol import (
     join_aux,
     start_state,
 )
-from layers.registry import register
+from mneme.layers.registry import register
 
 
 class _Composite(RoutedLayer):

@@ -10,12 +10,12 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.combinators import Residual
-from layers.feed_forward import MLP
-from layers.gated_delta_net import GatedDeltaNet
-from layers.gated_memory_unit import GatedMemoryUnit
-from layers.linear_attention import LinearAttention
-from layers.protocol import (
+from mneme.layers.combinators import Residual
+from mneme.layers.feed_forward import MLP
+from mneme.layers.gated_delta_net import GatedDeltaNet
+from mneme.layers.gated_memory_unit import GatedMemoryUnit
+from mneme.layers.linear_attention import LinearAttention
+from mneme.layers.protocol import (
     Layer,
     LayerList,
     Output,
@@ -27,11 +27,11 @@ from layers.protocol import (
     require_at_least,
     start_state,
 )
-from layers.registry import register
-from layers.rotary import rotate
-from layers.softmax_attention import KVCache, SoftmaxAttention
-from layers.state_fit import ANYTHING
-from ops.attention import attention
+from mneme.layers.registry import register
+from mneme.layers.rotary import rotate
+from mneme.layers.softmax_attention import KVCache, SoftmaxAttention
+from mneme.layers.state_fit import ANYTHING
+from mneme.ops.attention import attention
 
 
 class CrossDecoderState(NamedTuple):

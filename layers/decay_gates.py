@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers.precision import at_least_fp32
+from mneme.layers.precision import at_least_fp32
 
 STEP_RANGE = (1e-3, 1e-1)  # the step starts log-uniform here, so half-lives spread over decades
 NO_LIMIT = (0.0, math.inf)

@@ -5,12 +5,12 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from layers.matrix_memory import MatrixMemory, Operands, head_size
-from layers.norm import l2_norm
-from layers.precision import at_least_fp32
-from layers.registry import register
-from ops.delta import delta
-from ops.sizes import scaled_width
+from mneme.layers.matrix_memory import MatrixMemory, Operands, head_size
+from mneme.layers.norm import l2_norm
+from mneme.layers.precision import at_least_fp32
+from mneme.layers.registry import register
+from mneme.ops.delta import delta
+from mneme.ops.sizes import scaled_width
 
 
 @register(

@@ -5,12 +5,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers.precision import at_least_fp32
-from layers.protocol import Layer, Output, State, require_at_least
-from layers.registry import register
-from layers.table import OWN, TableOptions, make_table
-from layers.usage import observe_rows
-from ops.precision import without_autocast
+from mneme.layers.precision import at_least_fp32
+from mneme.layers.protocol import Layer, Output, State, require_at_least
+from mneme.layers.registry import register
+from mneme.layers.table import OWN, TableOptions, make_table
+from mneme.layers.usage import observe_rows
+from mneme.ops.precision import without_autocast
 
 _BLOCK = 2**20  # distances held at a time, few enough for the cache
 _SMOOTHING = 1e-5  # added to the size of every cluster, as in VQ-VAE (arXiv 1711.00937)

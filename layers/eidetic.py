@@ -7,8 +7,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from layers.key_sets import Blocks, KeySet
-from ops.innovation import best_so_far, innovation
+from mneme.layers.key_sets import Blocks, KeySet
+from mneme.ops.innovation import best_so_far, innovation
 
 
 class EideticState(NamedTuple):

@@ -7,9 +7,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers.protocol import require_at_least
-from ops.grouped_linear import grouped_linear
-from ops.routing import group, grouped, ungrouped
+from mneme.layers.protocol import require_at_least
+from mneme.ops.grouped_linear import grouped_linear
+from mneme.ops.routing import group, grouped, ungrouped
 
 _TILE = 8  # rows of a tile of matrix products, or a multiple
 

@@ -4,9 +4,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers.protocol import Layer, Output, State, require_at_least
-from layers.registry import register
-from ops.sizes import scaled_width
+from mneme.layers.protocol import Layer, Output, State, require_at_least
+from mneme.layers.registry import register
+from mneme.ops.sizes import scaled_width
 
 
 @register(default={"expand": 2})

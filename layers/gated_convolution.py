@@ -3,9 +3,9 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.protocol import Layer, Output
-from layers.registry import register
-from layers.short_convolution import ConvState, ShortConvolution
+from mneme.layers.protocol import Layer, Output
+from mneme.layers.registry import register
+from mneme.layers.short_convolution import ConvState, ShortConvolution
 
 
 @register(default={"conv_size": 3})

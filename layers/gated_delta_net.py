@@ -6,14 +6,14 @@ from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from layers.decay_gates import StepGate
-from layers.matrix_memory import MatrixMemory, Operands, head_size
-from layers.norm import NORM_EPS, l2_norm
-from layers.precision import at_least_fp32
-from layers.protocol import require_at_least
-from layers.registry import register
-from ops.gated_delta import gated_delta
-from ops.sizes import scaled_width
+from mneme.layers.decay_gates import StepGate
+from mneme.layers.matrix_memory import MatrixMemory, Operands, head_size
+from mneme.layers.norm import NORM_EPS, l2_norm
+from mneme.layers.precision import at_least_fp32
+from mneme.layers.protocol import require_at_least
+from mneme.layers.registry import register
+from mneme.ops.gated_delta import gated_delta
+from mneme.ops.sizes import scaled_width
 
 RATES = (0.0, 16.0)  # A at the start, as in the released code
 

@@ -7,11 +7,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers.matrix_memory import MatrixMemory, Operands, head_size
-from layers.precision import at_least_fp32
-from layers.registry import register
-from ops.diagonal_decay import diagonal_decay
-from ops.sizes import scaled_width
+from mneme.layers.matrix_memory import MatrixMemory, Operands, head_size
+from mneme.layers.precision import at_least_fp32
+from mneme.layers.registry import register
+from mneme.ops.diagonal_decay import diagonal_decay
+from mneme.ops.sizes import scaled_width
 
 RANK = 16  # of the map from a token to its decays
 TEMPERATURE = 16.0  # root taken of a gate, so that at the start half-lives are near 16 tokens

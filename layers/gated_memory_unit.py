@@ -4,8 +4,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers.norm import RMSNorm
-from layers.protocol import require_at_least
+from mneme.layers.norm import RMSNorm
+from mneme.layers.protocol import require_at_least
 
 
 class GatedMemoryUnit(nn.Module):

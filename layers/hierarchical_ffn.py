@@ -3,17 +3,17 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from layers.bank_blocks import (
+from mneme.layers.bank_blocks import (
     adapted_feed_forward,
     feed_forward_block,
     key_value_block,
     unit_width,
 )
-from layers.feed_forward import SwiGLU
-from layers.memory_bank import BankOptions, BankReader, BankShape, Fetched
-from layers.protocol import Output, RoutedLayer, State
-from layers.registry import register
-from layers.state_fit import TensorSpec
+from mneme.layers.feed_forward import SwiGLU
+from mneme.layers.memory_bank import BankOptions, BankReader, BankShape, Fetched
+from mneme.layers.protocol import Output, RoutedLayer, State
+from mneme.layers.registry import register
+from mneme.layers.state_fit import TensorSpec
 
 _NO_BANK = (
     "this HierarchicalFFN reads no bank, so it cannot fetch a route: put it into a LanguageModel, "

@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from layers.feature_maps import elu_map, taylor_map, taylor_size
-from layers.matrix_memory import MatrixMemory, Operands, head_size, read_matrix
-from layers.norm import NORM_EPS
-from layers.registry import register
-from ops.linear_attention import linear_attention
-from ops.precision import without_autocast
-from ops.scalar_decay import scalar_decay
+from mneme.layers.feature_maps import elu_map, taylor_map, taylor_size
+from mneme.layers.matrix_memory import MatrixMemory, Operands, head_size, read_matrix
+from mneme.layers.norm import NORM_EPS
+from mneme.layers.registry import register
+from mneme.ops.linear_attention import linear_attention
+from mneme.ops.precision import without_autocast
+from mneme.ops.scalar_decay import scalar_decay
 
 TAYLOR_KEY = 16  # of "Based": the features grow with its square
 EPS = 1e-6  # beside the sum of weights, for a memory that holds nothing

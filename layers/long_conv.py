@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers.gated_output import GatedOutput
-from layers.precision import at_least_fp32
-from layers.protocol import Layer, Output, Policy, require_at_least
-from layers.registry import register
-from ops.long_convolution import long_convolution
+from mneme.layers.gated_output import GatedOutput
+from mneme.layers.precision import at_least_fp32
+from mneme.layers.protocol import Layer, Output, Policy, require_at_least
+from mneme.layers.registry import register
+from mneme.ops.long_convolution import long_convolution
 
 KERNEL_STD = 0.02  # of the first tap at the start, as in the released code
 

@@ -8,12 +8,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers.decay_gates import STEP_RANGE, inverse_softplus, log_uniform
-from layers.precision import at_least_fp32
-from layers.protocol import Layer, Output, Policy, require_at_least
-from layers.registry import register
-from layers.short_convolution import ConvState, ShortConvolution
-from ops.selective_scan import selective_scan
+from mneme.layers.decay_gates import STEP_RANGE, inverse_softplus, log_uniform
+from mneme.layers.precision import at_least_fp32
+from mneme.layers.protocol import Layer, Output, Policy, require_at_least
+from mneme.layers.registry import register
+from mneme.layers.short_convolution import ConvState, ShortConvolution
+from mneme.ops.selective_scan import selective_scan
 
 
 class MambaState(NamedTuple):

@@ -8,12 +8,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers.decay_gates import NO_LIMIT, StepGate
-from layers.matrix_memory import MatrixMemory, Operands, read_matrix
-from layers.norm import NORM_EPS, RMSNorm
-from layers.protocol import require_at_least
-from layers.registry import register
-from ops.scalar_decay import scalar_decay
+from mneme.layers.decay_gates import NO_LIMIT, StepGate
+from mneme.layers.matrix_memory import MatrixMemory, Operands, read_matrix
+from mneme.layers.norm import NORM_EPS, RMSNorm
+from mneme.layers.protocol import require_at_least
+from mneme.layers.registry import register
+from mneme.ops.scalar_decay import scalar_decay
 
 RATES = (1.0, 16.0)  # A at the start, as in the released code
 

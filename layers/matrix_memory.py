@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers.norm import NORM_EPS, RMSNorm
-from layers.protocol import Memory, Output, require_at_least, state_tensors
-from layers.short_convolution import ConvState, ShortConvolution
-from ops.precision import without_autocast
+from mneme.layers.norm import NORM_EPS, RMSNorm
+from mneme.layers.protocol import Memory, Output, require_at_least, state_tensors
+from mneme.layers.short_convolution import ConvState, ShortConvolution
+from mneme.ops.precision import without_autocast
 
 
 class MatrixState(NamedTuple):

@@ -10,14 +10,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers.gated_delta_net import GatedDeltaNet
-from layers.memory_with_attention import BranchGate
-from layers.norm import RMSNorm
-from layers.protocol import Layer, Memory, Output, Recipe, State, join_aux, require_at_least
-from layers.registry import register
-from layers.rotary import rotate
-from layers.state_fit import TensorSpec
-from ops.not_finite import masked_attention
+from mneme.layers.gated_delta_net import GatedDeltaNet
+from mneme.layers.memory_with_attention import BranchGate
+from mneme.layers.norm import RMSNorm
+from mneme.layers.protocol import Layer, Memory, Output, Recipe, State, join_aux, require_at_least
+from mneme.layers.registry import register
+from mneme.layers.rotary import rotate
+from mneme.layers.state_fit import TensorSpec
+from mneme.ops.not_finite import masked_attention
 
 RECALL_SCALE = 0.25  # of h at the start, where tokens have 1; see "Where we differ"
 

@@ -5,10 +5,10 @@ from functools import partial
 from jaxtyping import Float
 from torch import Tensor
 
-from layers.gated_delta_net import GatedDeltaNet
-from layers.memory_with_attention import BranchGate, WindowState, _MemoryWithWindow
-from layers.protocol import Output, Recipe, join_aux
-from layers.registry import register
+from mneme.layers.gated_delta_net import GatedDeltaNet
+from mneme.layers.memory_with_attention import BranchGate, WindowState, _MemoryWithWindow
+from mneme.layers.protocol import Output, Recipe, join_aux
+from mneme.layers.registry import register
 
 
 @register(

@@ -5,11 +5,11 @@ from functools import partial
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.gated_delta_net import GatedDeltaNet
-from layers.memory_with_attention import WindowState, _MemoryWithWindow
-from layers.norm import RMSNorm
-from layers.protocol import Output, Recipe, join_aux
-from layers.registry import register
+from mneme.layers.gated_delta_net import GatedDeltaNet
+from mneme.layers.memory_with_attention import WindowState, _MemoryWithWindow
+from mneme.layers.norm import RMSNorm
+from mneme.layers.protocol import Output, Recipe, join_aux
+from mneme.layers.registry import register
 
 PERSISTENT_STD = 0.1  # with 1, attention's own, a small model learnt to recall much more slowly
 

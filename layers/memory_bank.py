@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers.bank_blocks import Kind, init_units
-from layers.protocol import Policy, require_at_least, require_choice
-from layers.row_options import RowOptions
+from mneme.layers.bank_blocks import Kind, init_units
+from mneme.layers.protocol import Policy, require_at_least, require_choice
+from mneme.layers.row_options import RowOptions
 
 GENERIC = -1
 """The route of a sequence that nobody can place: it fetches the generic block."""

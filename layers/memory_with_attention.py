@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.norm import RMSNorm
-from layers.protocol import Layer, Recipe, State, select_state
-from layers.softmax_attention import KVCache, SoftmaxAttention
-from layers.telemetry import unrecorded
+from mneme.layers.norm import RMSNorm
+from mneme.layers.protocol import Layer, Recipe, State, select_state
+from mneme.layers.softmax_attention import KVCache, SoftmaxAttention
+from mneme.layers.telemetry import unrecorded
 
 
 class BranchGate(nn.Module):

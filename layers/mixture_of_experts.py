@@ -3,12 +3,12 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.experts import Experts
-from layers.feed_forward import SwiGLU
-from layers.protocol import Layer, Output, State, require_at_least
-from layers.registry import register
-from layers.telemetry import observe
-from ops.routing import (
+from mneme.layers.experts import Experts
+from mneme.layers.feed_forward import SwiGLU
+from mneme.layers.protocol import Layer, Output, State, require_at_least
+from mneme.layers.registry import register
+from mneme.layers.telemetry import observe
+from mneme.ops.routing import (
     Routes,
     balance_loss,
     route,
@@ -17,7 +17,7 @@ from ops.routing import (
     spread,
     z_loss,
 )
-from ops.sizes import scaled_width
+from mneme.ops.sizes import scaled_width
 
 
 @register(

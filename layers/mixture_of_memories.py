@@ -8,10 +8,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.gated_delta_net import GatedDeltaNet
-from layers.matrix_memory import MatrixMemory, MatrixState, Operands
-from layers.precision import at_least_fp32
-from layers.protocol import (
+from mneme.layers.gated_delta_net import GatedDeltaNet
+from mneme.layers.matrix_memory import MatrixMemory, MatrixState, Operands
+from mneme.layers.precision import at_least_fp32
+from mneme.layers.protocol import (
     Memory,
     Output,
     Recipe,
@@ -19,11 +19,11 @@ from layers.protocol import (
     require_at_least,
     state_tensors,
 )
-from layers.registry import register
-from layers.short_convolution import ConvState, ShortConvolution
-from layers.telemetry import observe
-from ops.nothing import in_graph_of
-from ops.routing import (
+from mneme.layers.registry import register
+from mneme.layers.short_convolution import ConvState, ShortConvolution
+from mneme.layers.telemetry import observe
+from mneme.ops.nothing import in_graph_of
+from mneme.ops.routing import (
     Packing,
     Routes,
     balance_loss,

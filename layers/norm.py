@@ -7,7 +7,7 @@ memory answers is small enough for the difference to be most of the output.
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.precision import at_least_fp32
+from mneme.layers.precision import at_least_fp32
 
 NORM_EPS = 1e-5  # Mamba-2 and fla; Qwen3-Next has 1e-6
 L2_NORM_EPS = 1e-6  # Qwen3-Next and fla

@@ -7,14 +7,14 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from layers.feature_maps import elu_map, taylor_map, taylor_size
-from layers.linear_attention import EPS, TAYLOR_KEY
-from layers.matrix_memory import head_size
-from layers.precision import at_least_fp32
-from layers.protocol import Layer, Output, require_at_least
-from layers.registry import register
-from ops.precision import without_autocast
-from ops.scalar_decay import scalar_decay
+from mneme.layers.feature_maps import elu_map, taylor_map, taylor_size
+from mneme.layers.linear_attention import EPS, TAYLOR_KEY
+from mneme.layers.matrix_memory import head_size
+from mneme.layers.precision import at_least_fp32
+from mneme.layers.protocol import Layer, Output, require_at_least
+from mneme.layers.registry import register
+from mneme.ops.precision import without_autocast
+from mneme.ops.scalar_decay import scalar_decay
 
 
 class PrefixState(NamedTuple):

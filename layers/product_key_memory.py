@@ -6,11 +6,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers.product_keys import ProductKeys, QueryNorm, default_key_dim, half_width
-from layers.protocol import Layer, Output, State, require_at_least, require_choice
-from layers.registry import register
-from layers.table import OWN, TableOptions, make_table
-from layers.usage import observe_rows
+from mneme.layers.product_keys import ProductKeys, QueryNorm, default_key_dim, half_width
+from mneme.layers.protocol import Layer, Output, State, require_at_least, require_choice
+from mneme.layers.registry import register
+from mneme.layers.table import OWN, TableOptions, make_table
+from mneme.layers.usage import observe_rows
 
 Scores = Literal["softmax", "relu"]
 Gate = Literal["silu", "sigmoid", "none"]

@@ -10,10 +10,10 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from layers.precision import at_least_fp32
-from layers.protocol import require_at_least, require_choice
-from ops.precision import without_autocast
-from ops.product_key import product_key_topk
+from mneme.layers.precision import at_least_fp32
+from mneme.layers.protocol import require_at_least, require_choice
+from mneme.ops.precision import without_autocast
+from mneme.ops.product_key import product_key_topk
 
 QueryNorm = Literal["none", "layer", "batch"]
 

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from layers.state_fit import Stateful
+from mneme.layers.state_fit import Stateful
 
 State = Any
 """A pytree of tensors (batch first), or None. Its structure is fixed for a given layer."""

@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from layers.atomic_file import replacing
-from layers.protocol import require_at_least
-from layers.regular_file import open_regular
+from mneme.layers.atomic_file import replacing
+from mneme.layers.protocol import require_at_least
+from mneme.layers.regular_file import open_regular
 
 BLOCK_ROWS = 4096  # that are written at a time and share a checksum; another number, a new version
 

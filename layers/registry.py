@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from layers.protocol import Layer
+from mneme.layers.protocol import Layer
 
 LayerClass = TypeVar("LayerClass", bound=type[Layer])
 

@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from layers.matrix_memory import MatrixMemory, Operands, head_size
-from layers.precision import at_least_fp32
-from layers.registry import register
-from layers.rotary import rotate
-from ops.scalar_decay import scalar_decay
-from ops.sizes import scaled_width
+from mneme.layers.matrix_memory import MatrixMemory, Operands, head_size
+from mneme.layers.precision import at_least_fp32
+from mneme.layers.registry import register
+from mneme.layers.rotary import rotate
+from mneme.ops.scalar_decay import scalar_decay
+from mneme.ops.sizes import scaled_width
 
 
 @register(

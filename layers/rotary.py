@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from layers.protocol import require_at_least
+from mneme.layers.protocol import require_at_least
 
 
 @dataclass(frozen=True)

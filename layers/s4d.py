@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.decay_gates import STEP_RANGE, log_uniform
-from layers.gated_output import GatedOutput
-from layers.precision import at_least_fp32
-from layers.protocol import Layer, Output, Policy
-from layers.registry import register
-from ops.diagonal_state_space import diagonal_state_space
+from mneme.layers.decay_gates import STEP_RANGE, log_uniform
+from mneme.layers.gated_output import GatedOutput
+from mneme.layers.precision import at_least_fp32
+from mneme.layers.protocol import Layer, Output, Policy
+from mneme.layers.registry import register
+from mneme.ops.diagonal_state_space import diagonal_state_space
 
 Rates = Literal["lin", "inv", "legs", "real"]
 

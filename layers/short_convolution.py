@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.protocol import Layer, Output, require_at_least
-from layers.registry import register
-from ops.short_convolution import short_convolution
+from mneme.layers.protocol import Layer, Output, require_at_least
+from mneme.layers.registry import register
+from mneme.ops.short_convolution import short_convolution
 
 
 class ConvState(NamedTuple):

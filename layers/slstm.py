@@ -9,13 +9,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers.matrix_memory import head_size
-from layers.precision import at_least_fp32
-from layers.protocol import Layer, Output, Policy, require_at_least
-from layers.registry import register
-from layers.short_convolution import ConvState, ShortConvolution
-from ops.lstm import LSTMState, lstm
-from ops.slstm import SLSTMState, slstm
+from mneme.layers.matrix_memory import head_size
+from mneme.layers.precision import at_least_fp32
+from mneme.layers.protocol import Layer, Output, Policy, require_at_least
+from mneme.layers.registry import register
+from mneme.layers.short_convolution import ConvState, ShortConvolution
+from mneme.ops.lstm import LSTMState, lstm
+from mneme.ops.slstm import SLSTMState, slstm
 
 FORGET_BIAS = (1.0, 6.0)  # half-lives from 2 to 280 tokens, where the other gates are neutral
 RECURRENT_GAIN = 0.1  # of the recurrent weights at the start; small, so gates begin nearly free

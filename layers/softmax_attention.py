@@ -7,10 +7,10 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from layers.protocol import Layer, Output, require_at_least
-from layers.registry import register
-from layers.rotary import RopeScaling, rotate
-from ops.attention import attention
+from mneme.layers.protocol import Layer, Output, require_at_least
+from mneme.layers.registry import register
+from mneme.layers.rotary import RopeScaling, rotate
+from mneme.ops.attention import attention
 
 
 class KVCache(NamedTuple):

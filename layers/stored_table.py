@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from layers.protocol import require_at_least
-from layers.quantised_rows import TableFile, TableFileError, decode, write_table
-from layers.row_cache import RowCache
-from layers.table import SharedTable, Table
-from ops.table_read import dot_rows, sum_rows
+from mneme.layers.protocol import require_at_least
+from mneme.layers.quantised_rows import TableFile, TableFileError, decode, write_table
+from mneme.layers.row_cache import RowCache
+from mneme.layers.table import SharedTable, Table
+from mneme.ops.table_read import dot_rows, sum_rows
 
 CACHE_BYTES = 16 * 2**20
 _LARGEST = 2**24  # numbers of decoded rows at a time, 64 MiB

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from layers.protocol import Policy, require_at_least
-from layers.row_options import RowOptions
-from ops.table_read import dot_rows, sum_rows
+from mneme.layers.protocol import Policy, require_at_least
+from mneme.layers.row_options import RowOptions
+from mneme.ops.table_read import dot_rows, sum_rows
 
 CLIP_GROUP = "tables"  # gradients of tables are clipped together, apart from all others
 

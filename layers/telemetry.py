@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from layers.recorder import Slot
+from mneme.layers.recorder import Slot
 
 
 class Record:

@@ -10,14 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers.norm import RMSNorm, l2_norm
-from layers.precision import at_least_fp32
-from layers.protocol import Memory, Output, Policy, require_at_least
-from layers.registry import register
-from layers.rotary import rotate
-from layers.short_convolution import ConvState, ShortConvolution
-from layers.telemetry import observe, observing
-from layers.test_time_parts import (
+from mneme.layers.norm import RMSNorm, l2_norm
+from mneme.layers.precision import at_least_fp32
+from mneme.layers.protocol import Memory, Output, Policy, require_at_least
+from mneme.layers.registry import register
+from mneme.layers.rotary import rotate
+from mneme.layers.short_convolution import ConvState, ShortConvolution
+from mneme.layers.telemetry import observe, observing
+from mneme.layers.test_time_parts import (
     MAX_CHUNK_DECAY,
     Features,
     Forgetting,
@@ -25,7 +25,7 @@ from layers.test_time_parts import (
     PolynomialFeatures,
     Readout,
 )
-from ops.test_time import (
+from mneme.ops.test_time import (
     MLP,
     DotProduct,
     FastWeights,

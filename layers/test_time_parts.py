@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from layers.protocol import require_at_least
-from ops.constants import kept
-from ops.test_time import MLP, Boundary, MemoryNetwork, Orthogonal
-from ops.test_time.choices import require_one_of
+from mneme.layers.protocol import require_at_least
+from mneme.ops.constants import kept
+from mneme.ops.test_time import MLP, Boundary, MemoryNetwork, Orthogonal
+from mneme.ops.test_time.choices import require_one_of
 
 DEEP_STEP = 0.002  # with maps between hidden layers: 0.01 and more is chaotic at initialisation
 NORMALIZED_STEP = 0.5  # of 1/16, 0.25, 0.5 and 1 the largest at which MQAR is learnt fastest
@@ -88,7 +88,7 @@ class Learner:
         step_per_map: a step for each linear map (update="chunk" only); default False.
         momentum: eta_t = sigmoid(w . x_t + b) per head; default True.
         momentum_bias: its b; default 0.
-        update: "token" (default), "average" or "chunk"; see `ops.test_time.Rule`.
+        update: "token" (default), "average" or "chunk"; see `mneme.ops.test_time.Rule`.
         anchor: "chunk" (default) or "token": where gradients are taken.
         window: c, tokens whose loss each step reduces, weighted by learned gates; default 1.
         orthogonal: Newton-Schulz on each update (update="chunk" only): True, with Muon's

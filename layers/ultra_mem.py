@@ -10,12 +10,12 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from layers.product_keys import default_key_dim
-from layers.protocol import Layer, Output, State, require_at_least
-from layers.registry import register
-from layers.table import OWN, Rows, SharedTable, Table, TableOptions, make_table
-from layers.ultra_mem_keys import TuckerKeys, TuckerScores
-from layers.usage import observe_rows
+from mneme.layers.product_keys import default_key_dim
+from mneme.layers.protocol import Layer, Output, State, require_at_least
+from mneme.layers.registry import register
+from mneme.layers.table import OWN, Rows, SharedTable, Table, TableOptions, make_table
+from mneme.layers.ultra_mem_keys import TuckerKeys, TuckerScores
+from mneme.layers.usage import observe_rows
 
 VALUE_STD = 0.02  # of UltraMem's values, in the authors' code for all sizes
 SWIGLU_VARIANCE = 0.0111  # of what SwiGLU makes of unit inputs at its start: E[silu(g)^2] / 9

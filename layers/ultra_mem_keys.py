@@ -13,11 +13,11 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from layers.precision import at_least_fp32
-from layers.product_keys import half_width
-from layers.protocol import require_at_least
-from ops.precision import without_autocast
-from ops.tucker import Leading, leading_vectors, tail_penalty, tucker_topk
+from mneme.layers.precision import at_least_fp32
+from mneme.layers.product_keys import half_width
+from mneme.layers.protocol import require_at_least
+from mneme.ops.precision import without_autocast
+from mneme.ops.tucker import Leading, leading_vectors, tail_penalty, tucker_topk
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class TuckerKeys(nn.Module):
         rows[i, a] = K_row[i, a] . q_row,   columns[j, a] = K_column[j, a] . q_column,
         score(i, j) = rows[i] C columns[j]^T,   C = C_1 + ... + C_c,   i, j < sqrt(E) n.
 
-    `ops.tucker` says how the best of them are found by the leading singular vectors of C. In
+    `mneme.ops.tucker` says how the best of them are found by the leading singular vectors of C. In
     training each call takes these from the cores as they are, without gradient and signed like
     those before, and leaves them in the buffer `leading`, which is part of a checkpoint; in
     evaluation the buffer is used as it is, in bf16 if the layer was cast to that.

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from layers.recorder import Slot
-from layers.table import SharedTable, Table
+from mneme.layers.recorder import Slot
+from mneme.layers.table import SharedTable, Table
 
 SHARES = (50, 90, 99)  # percent of all weight, of which the rows that hold it are counted
 

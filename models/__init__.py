@@ -1,8 +1,8 @@
 """Models: a residual stack of layers, its training module, and what they cost."""
 
-from models.budget import Budget, budget
-from models.generation import generate
-from models.language_model import LanguageModel
-from models.lightning_module import SequenceModule
-from models.parameter_groups import make_optimizer
-from models.schedules import WSD, Constant, Cosine, Schedule
+from mneme.models.budget import Budget, budget
+from mneme.models.generation import generate
+from mneme.models.language_model import LanguageModel
+from mneme.models.lightning_module import SequenceModule
+from mneme.models.parameter_groups import make_optimizer
+from mneme.models.schedules import WSD, Constant, Cosine, Schedule

@@ -10,8 +10,8 @@ import torch
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from layers import state_tensors
-from models.language_model import LanguageModel
+from mneme.layers import state_tensors
+from mneme.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def _product_flops(
     return 2 * prod(rows) * table[1]
 
 
-# Formulas by library call, from the shapes of its arguments: what reads in `ops.table_read`, and
-# sums of the copies of tokens in `ops.routing`, are on the meta device, one such call each.
+# Formulas by library call, from the shapes of its arguments: what reads in `mneme.ops.table_read`, and
+# sums of the copies of tokens in `mneme.ops.routing`, are on the meta device, one such call each.
 _READS = {
     torch.ops.aten._embedding_bag: _bag_flops,
     torch.ops.aten._embedding_bag_forward_only: _bag_flops,

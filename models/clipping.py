@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.parameter_groups import policies_of
-from models.row_gradients import coalesced
+from mneme.models.parameter_groups import policies_of
+from mneme.models.row_gradients import coalesced
 
 MAIN = None
 """The clip group of parameters whose policy names none."""

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from layers import State
-from models.row_gradients import coalesced
-from ops.not_finite import contained
+from mneme.layers import State
+from mneme.models.row_gradients import coalesced
+from mneme.ops.not_finite import contained
 
 
 class NonFiniteError(RuntimeError):

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from layers import Output, State
-from models.language_model import LanguageModel
+from mneme.layers import Output, State
+from mneme.models.language_model import LanguageModel
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from layers import (
+from mneme.layers import (
     Bank,
     Fetched,
     HierarchicalFFN,
@@ -26,11 +26,11 @@ from layers import (
     join_aux,
     start_state,
 )
-from layers.hierarchical_ffn import shape_of
-from layers.norm import RMSNorm
-from layers.protocol import require_at_least
-from layers.state_fit import Stateful
-from layers.table import NamedTables
+from mneme.layers.hierarchical_ffn import shape_of
+from mneme.layers.norm import RMSNorm
+from mneme.layers.protocol import require_at_least
+from mneme.layers.state_fit import Stateful
+from mneme.layers.table import NamedTables
 
 MOST_LAYERS = 10_000  # ten times the deepest that are known; a million would build for hours
 EMBEDDING_STD = 0.02  # GPT-2's; with a tied head it keeps the first logits near zero
@@ -147,7 +147,7 @@ class LanguageModel(Stateful):
         return tuple(self.blocks)
 
     def use_bank(self, bank: Bank) -> None:
-        """Reads another bank from now on, such as one that lies on disk (`models.bank`).
+        """Reads another bank from now on, such as one that lies on disk (`mneme.models.bank`).
 
         Raises:
             ValueError: the model has no bank, or this one has other sizes.

@@ -10,15 +10,15 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from layers import GENERIC, State, Usage, UsageMeter, is_loss, metering, with_shared_tables
-from models.clipping import MAIN, clip_by_groups
-from models.diagnosis import NonFiniteError, first_nonfinite, nonfinite_gradients
-from models.language_model import LanguageModel
-from models.parameter_groups import make_optimizer
-from models.schedules import Schedule
-from models.table_exchange import average_rows, leave_out_of_ddp, start_equal
-from tasks.base import IGNORE, Batch
-from tasks.metrics import Metrics
+from mneme.layers import GENERIC, State, Usage, UsageMeter, is_loss, metering, with_shared_tables
+from mneme.models.clipping import MAIN, clip_by_groups
+from mneme.models.diagnosis import NonFiniteError, first_nonfinite, nonfinite_gradients
+from mneme.models.language_model import LanguageModel
+from mneme.models.parameter_groups import make_optimizer
+from mneme.models.schedules import Schedule
+from mneme.models.table_exchange import average_rows, leave_out_of_ddp, start_equal
+from mneme.tasks.base import IGNORE, Batch
+from mneme.tasks.metrics import Metrics
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -142,7 +142,7 @@ class SequenceModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Counts one batch."""
-        if self.usage is not None:  # `tasks.batch.deal` repeats a batch, unscored
+        if self.usage is not None:  # `mneme.tasks.batch.deal` repeats a batch, unscored
             self.usage.counting = bool((batch.targets != IGNORE).any())
         with nullcontext() if self.usage is None else metering(self.usage):
             logits = self.model(batch.inputs, state_before(self.model, batch), keep_state=False).y

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from layers.protocol import NO_POLICY, Policy
-from models.table_optimizer import WithTables
+from mneme.layers.protocol import NO_POLICY, Policy
+from mneme.models.table_optimizer import WithTables
 
 
 def make_optimizer(

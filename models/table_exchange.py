@@ -11,8 +11,8 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from models.parameter_groups import row_updated
-from models.row_gradients import row_gradient, sparse_rows
+from mneme.models.parameter_groups import row_updated
+from mneme.models.row_gradients import row_gradient, sparse_rows
 
 _NO_GRADIENT = -1  # in place of a number of rows
 

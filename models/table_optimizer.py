@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.row_gradients import row_gradient
+from mneme.models.row_gradients import row_gradient
 
 # Entries of a table that are worked on together. On a CPU they and their state stay in the cache of
 # a core (256 KiB a stream): twice as fast as all rows at once. On a GPU few launches count more.

@@ -3,7 +3,7 @@
 `OPS` lists them all: being in it is being tested and timed.
 """
 
-from ops import (
+from mneme.ops import (
     attention,
     delta,
     diagonal_decay,
@@ -21,7 +21,7 @@ from ops import (
     test_time,
     tucker,
 )
-from ops.registry import Op
+from mneme.ops.registry import Op
 
 __all__ = ["OPS", "Op"]
 

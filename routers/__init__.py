@@ -4,13 +4,13 @@ A frozen embedder turns a text into a vector; a tree of centroids, made by balan
 the vector into a leaf id. This package imports nothing else of the project, and no torch.
 """
 
-from routers.embedders import Embedder, HashedTfidf
-from routers.errors import RouterError
-from routers.kmeans import Clustering
-from routers.report import Occupancy, Report, markdown, report
-from routers.router import EMBEDDERS, Router
-from routers.sentences import SentenceTransformer
-from routers.tree import Tree, nodes
+from mneme.routers.embedders import Embedder, HashedTfidf
+from mneme.routers.errors import RouterError
+from mneme.routers.kmeans import Clustering
+from mneme.routers.report import Occupancy, Report, markdown, report
+from mneme.routers.router import EMBEDDERS, Router
+from mneme.routers.sentences import SentenceTransformer
+from mneme.routers.tree import Tree, nodes
 
 __all__ = [
     "EMBEDDERS",

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from routers.errors import RouterError
-from routers.kmeans import Vectors
+from mneme.routers.errors import RouterError
+from mneme.routers.kmeans import Vectors
 
 Arrays = dict[str, NDArray[Any]]
 

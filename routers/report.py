@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from routers.kmeans import Ids
-from routers.tree import nodes
+from mneme.routers.kmeans import Ids
+from mneme.routers.tree import nodes
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from routers import saved
-from routers.embedders import Arrays, Embedder, HashedTfidf
-from routers.errors import RouterError
-from routers.kmeans import Clustering, Ids
-from routers.sentences import SentenceTransformer
-from routers.tree import Tree, check_shape
+from mneme.routers import saved
+from mneme.routers.embedders import Arrays, Embedder, HashedTfidf
+from mneme.routers.errors import RouterError
+from mneme.routers.kmeans import Clustering, Ids
+from mneme.routers.sentences import SentenceTransformer
+from mneme.routers.tree import Tree, check_shape
 
 EMBEDDERS: dict[str, type[Embedder]] = {
     embedder.name: embedder for embedder in (HashedTfidf, SentenceTransformer)

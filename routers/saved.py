@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from routers.embedders import Arrays
-from routers.errors import RouterError
+from mneme.routers.embedders import Arrays
+from mneme.routers.errors import RouterError
 
 NAME = "router.json"
 

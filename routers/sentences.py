@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from routers.embedders import Arrays, unit
-from routers.errors import RouterError
-from routers.kmeans import Vectors
+from mneme.routers.embedders import Arrays, unit
+from mneme.routers.errors import RouterError
+from mneme.routers.kmeans import Vectors
 
 _POOLING = "mean of windows, weighted by word pieces"
 _PROBE = "The harbour of Trondheim froze twice in 1709."

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from routers.kmeans import Clustering, Ids, Vectors, balanced_kmeans
+from mneme.routers.kmeans import Clustering, Ids, Vectors, balanced_kmeans
 
 _CHUNK = 1024  # vectors that descend together: k E numbers of each are in memory
 

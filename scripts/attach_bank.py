@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-from harness.cli import number, report_errors, whole_number
-from harness.run_directory import RunError
-from layers.memory_bank import GENERIC, BankOptions
-from models import Cosine, make_optimizer
-from models.bank.attach import AttachedBank, attach_bank
-from routers import Router
+from mneme.harness.cli import number, report_errors, whole_number
+from mneme.harness.run_directory import RunError
+from mneme.layers.memory_bank import GENERIC, BankOptions
+from mneme.models import Cosine, make_optimizer
+from mneme.models.bank.attach import AttachedBank, attach_bank
+from mneme.routers import Router
 
 HELD_OUT = 10  # one text of so many
 UNITS = 64  # of a block of the first level; those below have a quarter of the units above, each

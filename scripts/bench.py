@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         print(f"{given}; there are: {', '.join(names())}", file=sys.stderr)
         return 2
     sys.path.insert(0, str(ROOT))
-    from harness.cli import report_errors
+    from mneme.harness.cli import report_errors
 
     with report_errors():
         importlib.import_module(f"scripts.benchmarks.{arguments[0]}").run(arguments[1:])

@@ -13,12 +13,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from harness.build import build
-from harness.check import blaming
-from harness.cli import report_errors
-from harness.compose import compose_checked
-from harness.training import build_model
-from models import Budget, budget
+from mneme.harness.build import build
+from mneme.harness.check import blaming
+from mneme.harness.cli import report_errors
+from mneme.harness.compose import compose_checked
+from mneme.harness.training import build_model
+from mneme.models import Budget, budget
 
 
 def composed_budget(overrides: list[str]) -> Budget:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.cli import report_errors
-from layers import DiscreteKeyValueBottleneck, TableOptions
+from mneme.harness.cli import report_errors
+from mneme.layers import DiscreteKeyValueBottleneck, TableOptions
+from mneme.tasks.streams import ClassIncremental, Labelled
 from scripts.reporting.measured import mean_and_spread, measured, parsed, publish
-from tasks.streams import ClassIncremental, Labelled
 
 CODEBOOKS, KEYS, KEY_DIM = 64, 256, 4
 HIDDEN = 128  # of the MLP, as in the paper

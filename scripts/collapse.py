@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.cli import report_errors
-from layers import MLP, Layer, ProductKeyMemory, TableOptions, metering
+from mneme.harness.cli import report_errors
+from mneme.layers import MLP, Layer, ProductKeyMemory, TableOptions, metering
 from scripts.reporting.measured import mean_and_spread, measured, parsed, publish
 
 WIDTH, INPUTS, CLASSES = 64, 512, 64
@@ -35,7 +35,7 @@ class Collapse:
     """How a run used its rows, and what it learned.
 
     Attributes:
-        before: figures of `layers.usage.Usage.metrics` at the start.
+        before: figures of `mneme.layers.usage.Usage.metrics` at the start.
         after: the same when trained.
         accuracy: on the inputs, when trained.
     """

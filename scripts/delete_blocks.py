@@ -21,26 +21,26 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 
-from harness.build import build
-from harness.check import TARGET, Config
-from harness.checkpoints import (
+from mneme.harness.build import build
+from mneme.harness.check import TARGET, Config
+from mneme.harness.checkpoints import (
     checkpoint_config,
     checkpoint_vocabulary,
     read_checkpoint,
 )
-from harness.cli import report_errors, whole_number
-from harness.evaluation import check_fit, restore_model
-from harness.precision import run_precision
-from harness.run_directory import RunError, find_run
-from harness.schema import check_config
-from harness.targets import resolve_target
-from layers import BankShape, MemoryBank
-from models import LanguageModel
-from models.lightning_module import state_before
+from mneme.harness.cli import report_errors, whole_number
+from mneme.harness.evaluation import check_fit, restore_model
+from mneme.harness.precision import run_precision
+from mneme.harness.run_directory import RunError, find_run
+from mneme.harness.schema import check_config
+from mneme.harness.targets import resolve_target
+from mneme.layers import BankShape, MemoryBank
+from mneme.models import LanguageModel
+from mneme.models.lightning_module import state_before
+from mneme.tasks import RareFacts
+from mneme.tasks.base import EvalSplit
+from mneme.tasks.metrics import score
 from scripts.reporting.measured import measured, publish
-from tasks import RareFacts
-from tasks.base import EvalSplit
-from tasks.metrics import score
 
 
 class Asked(NamedTuple):

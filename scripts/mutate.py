@@ -39,7 +39,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness.cli import report_errors
+from mneme.harness.cli import report_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = [
@@ -60,8 +60,8 @@ OTHER_WORDS = {  # of a config
     "true": "false",
     "false": "true",
     "null": "1",
-    "layers.TestTimeMemory": "layers.DeltaNet",
-    "ops.test_time.MLP": "ops.test_time.Matrix",
+    "mneme.layers.TestTimeMemory": "mneme.layers.DeltaNet",
+    "mneme.ops.test_time.MLP": "mneme.ops.test_time.Matrix",
 }
 FIXTURES = ("_inputs", "_flops", "inputs", "flops")  # of ops: what their tests are given
 PATIENCE = (4, 120.0)  # times what its tests took, and seconds on top; what hangs was noticed

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness.cli import report_errors
+from mneme.harness.cli import report_errors
 from scripts.reporting.columns import chosen_columns, default_columns
 from scripts.reporting.page import evaluation_commands, place, render, training_commands
 from scripts.reporting.rows import make_rows, naming_columns

@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness.cli import report_errors, whole_number
-from harness.run_directory import RunError
-from routers import (
+from mneme.harness.cli import report_errors, whole_number
+from mneme.harness.run_directory import RunError
+from mneme.routers import (
     Embedder,
     HashedTfidf,
     Router,

@@ -17,11 +17,11 @@ from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness.cli import number, report_errors, whole_number
-from harness.run_directory import RunError, find_run
-from harness.serving import Answer, Served, answer, load
-from layers import GENERIC
-from models.bank.reading import Read
+from mneme.harness.cli import number, report_errors, whole_number
+from mneme.harness.run_directory import RunError, find_run
+from mneme.harness.serving import Answer, Served, answer, load
+from mneme.layers import GENERIC
+from mneme.models.bank.reading import Read
 
 MIB = 2**20
 

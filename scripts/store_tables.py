@@ -19,25 +19,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from harness.build import build
-from harness.checkpoints import (
+from mneme.harness.build import build
+from mneme.harness.checkpoints import (
     AtomicCheckpointIO,
     checkpoint_config,
     checkpoint_vocabulary,
     read_checkpoint,
 )
-from harness.cli import number, report_errors
-from harness.evaluation import Evaluation, check_fit, evaluate, restore_model
-from harness.precision import run_precision
-from harness.run_directory import RunDirectory, RunError, find_run
-from harness.schema import check_config
-from harness.training import build_model
-from layers.quantised_rows import TableFile, TableFileError
-from layers.stored_table import Reads, StoredTable, replace_tables, store_tables
-from layers.table import Table
-from models import LanguageModel
+from mneme.harness.cli import number, report_errors
+from mneme.harness.evaluation import Evaluation, check_fit, evaluate, restore_model
+from mneme.harness.precision import run_precision
+from mneme.harness.run_directory import RunDirectory, RunError, find_run
+from mneme.harness.schema import check_config
+from mneme.harness.training import build_model
+from mneme.layers.quantised_rows import TableFile, TableFileError
+from mneme.layers.stored_table import Reads, StoredTable, replace_tables, store_tables
+from mneme.layers.table import Table
+from mneme.models import LanguageModel
+from mneme.tasks.base import EvalSplit, Task
 from scripts.reporting.measured import measured, publish
-from tasks.base import EvalSplit, Task
 
 MODEL = "model.ckpt"  # beside the tables: the rest of the model, and the checksum of each table
 CHECKSUMS = "table_checksums"  # in it, by the name of the file

@@ -5,11 +5,11 @@ A stream of features is no `Task`: it has no tokens. This package knows nothing 
 or configuration.
 """
 
-from tasks.base import Batch, Task
-from tasks.facts import LibraryOptions, RareFacts, RoutingOptions, ZipfFacts
-from tasks.recall import MQAR, ForgettingMQAR, Needle, RecallMixture
-from tasks.streams import ClassIncremental
-from tasks.text import (
+from mneme.tasks.base import Batch, Task
+from mneme.tasks.facts import LibraryOptions, RareFacts, RoutingOptions, ZipfFacts
+from mneme.tasks.recall import MQAR, ForgettingMQAR, Needle, RecallMixture
+from mneme.tasks.streams import ClassIncremental
+from mneme.tasks.text import (
     ByteTokenizer,
     LocalFiles,
     SentencePieceTokenizer,

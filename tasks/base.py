@@ -16,8 +16,8 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
-from tasks.batch import IGNORE, Batch, BatchSet, deal
-from tasks.metrics import Metrics
+from mneme.tasks.batch import IGNORE, Batch, BatchSet, deal
+from mneme.tasks.metrics import Metrics
 
 __all__ = ["IGNORE", "Batch", "BatchSet", "EvalSplit", "Facts", "Task"]
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tasks.batch import IGNORE, Batch
+from mneme.tasks.batch import IGNORE, Batch
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from layers import LAYERS, Output, State, state_tensors
+from mneme.layers import LAYERS, Output, State, state_tensors
 
 LAYER_EXAMPLES = [(name, example) for name, entry in LAYERS.items() for example in entry.examples]
 

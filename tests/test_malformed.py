@@ -21,14 +21,14 @@ import torch
 import yaml
 
 import train
-from harness.check import TARGET, Config
-from harness.cli import report_errors
-from harness.compose import Composed, compose_checked
-from harness.eval_command import evaluate_command
-from harness.jobs import resume_run, start_run
-from harness.run_directory import RunDirectory
-from harness.schema import check_config
-from harness.training import prepare
+from mneme.harness.check import TARGET, Config
+from mneme.harness.cli import report_errors
+from mneme.harness.compose import Composed, compose_checked
+from mneme.harness.eval_command import evaluate_command
+from mneme.harness.jobs import resume_run, start_run
+from mneme.harness.run_directory import RunDirectory
+from mneme.harness.schema import check_config
+from mneme.harness.training import prepare
 from scripts import (
     attach_bank,
     bench,
@@ -122,8 +122,15 @@ def leaves(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[tuple[Any, ...],
 def wrong_values(key: Any, value: Any) -> list[Any]:
     """What can never stand in the place of a value, whatever its option is for."""
     if key == TARGET:
-        bases = ["layers.Layer", "tasks.base.Task", "models.Schedule", "layers", "layers.", ""]
-        return [*bases, "os.system", "builtins.eval", "layers.Nothing", 7, None, True, BANANA]
+        bases = [
+            "mneme.layers.Layer",
+            "mneme.tasks.base.Task",
+            "mneme.models.Schedule",
+            "layers",
+            "layers.",
+            "",
+        ]
+        return [*bases, "os.system", "builtins.eval", "mneme.layers.Nothing", 7, None, True, BANANA]
     if isinstance(value, bool):
         return [BANANA, 3, NAN, {"a": True}]
     if isinstance(value, int):

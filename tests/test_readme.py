@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.compose import check_sweep, compose_checked
-from layers import LAYERS
+from mneme.harness.compose import check_sweep, compose_checked
+from mneme.layers import LAYERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

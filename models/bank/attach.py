@@ -1,6 +1,6 @@
 """A memory bank on a pretrained language model of transformers, whose own weights stay as they are.
 
-B sequences, as in `layers.memory_bank`.
+B sequences, as in `mneme.layers.memory_bank`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,20 +13,20 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from layers.bank_blocks import unit_width
-from layers.memory_bank import Bank, BankOptions, BankShape, MemoryBank
-from models.bank.feed_forwards import common_width, decoder_layers, gated_feed_forwards
-from models.bank.hashing import anchor_hash
-from models.bank.layout import Dtype
-from models.bank.manifest import Manifest
-from models.bank.widening import (
+from mneme.layers.bank_blocks import unit_width
+from mneme.layers.memory_bank import Bank, BankOptions, BankShape, MemoryBank
+from mneme.models.bank.feed_forwards import common_width, decoder_layers, gated_feed_forwards
+from mneme.models.bank.hashing import anchor_hash
+from mneme.models.bank.layout import Dtype
+from mneme.models.bank.manifest import Manifest
+from mneme.models.bank.widening import (
     Widening,
     checkpoint_contexts,
     install_hooks,
     reading,
     require_checkpoints_read_blocks,
 )
-from models.bank.writer import write_bank
+from mneme.models.bank.writer import write_bank
 
 _PROMPTS = ("inputs", "input_ids", "inputs_embeds")  # how `generate` calls what it continues
 
@@ -37,7 +37,7 @@ class AttachedBank(nn.Module):
         y = down(act(gate x) * (up x)) + M3 (act(M1 x) * (M2 x))
 
     with the activation `act` of the model, called the anchor. M1, M2 and M3 are the blocks on the
-    way to the leaf of the sequence (`layers.hierarchical_ffn`). This is how arXiv 2510.02375 adds
+    way to the leaf of the sequence (`mneme.layers.hierarchical_ffn`). This is how arXiv 2510.02375 adds
     knowledge to open weights. A new bank changes no logit, as its M3 are zero.
 
     The anchor keeps its class, its parameters and their names, and without a route it computes what
@@ -55,7 +55,7 @@ class AttachedBank(nn.Module):
 
     Attributes:
         anchor: the model itself. Call it for what it does without the bank.
-        bank: what is trained and saved. Give it, or all of this, to `models.make_optimizer`.
+        bank: what is trained and saved. Give it, or all of this, to `mneme.models.make_optimizer`.
         layers: those that are widened, in the order of the bank's places.
 
     Raises:

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from layers.memory_bank import BankOptions, MemoryBank
-from models.bank.attach import AttachedBank
-from models.bank.errors import BankError
-from models.bank.hashing import anchor_hash
-from models.bank.manifest import Manifest, open_levels
-from models.bank.reading import Read
-from models.bank.stored import CACHE_BYTES, StoredBank
+from mneme.layers.memory_bank import BankOptions, MemoryBank
+from mneme.models.bank.attach import AttachedBank
+from mneme.models.bank.errors import BankError
+from mneme.models.bank.hashing import anchor_hash
+from mneme.models.bank.manifest import Manifest, open_levels
+from mneme.models.bank.reading import Read
+from mneme.models.bank.stored import CACHE_BYTES, StoredBank
 
 
 def attach_saved(

@@ -1,7 +1,7 @@
 """Blocks that are deleted, replaced or taken out of a bank, and banks that are put together.
 
 An edit changes files in place, and a crash leaves all of its blocks changed or none (see
-`models.bank.journal`). Who has the bank open for reading must open it again after an edit. A bank
+`mneme.models.bank.journal`). Who has the bank open for reading must open it again after an edit. A bank
 that was opened before has the checksums of then, and takes a new block for a damaged one; a
 `StoredBank` also goes on to give blocks that it has kept from before.
 
@@ -18,13 +18,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from layers.memory_bank import BankShape
-from models.bank.errors import BankError
-from models.bank.journal import Patch, apply_journal, locked, write_journal
-from models.bank.layout import WORD, LevelLayout
-from models.bank.level_file import LevelFile, checksum_table, words
-from models.bank.manifest import Manifest, open_levels
-from models.bank.writer import encode_block, write_bank
+from mneme.layers.memory_bank import BankShape
+from mneme.models.bank.errors import BankError
+from mneme.models.bank.journal import Patch, apply_journal, locked, write_journal
+from mneme.models.bank.layout import WORD, LevelLayout
+from mneme.models.bank.level_file import LevelFile, checksum_table, words
+from mneme.models.bank.manifest import Manifest, open_levels
+from mneme.models.bank.writer import encode_block, write_bank
 
 Node = tuple[int, int]
 """A level and a node of it; (0, 0) is the generic block."""

@@ -28,8 +28,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from layers.memory_bank import BankShape
-from layers.protocol import require_choice
+from mneme.layers.memory_bank import BankShape
+from mneme.layers.protocol import require_choice
 
 PAGE = 4096
 VERSION = 1

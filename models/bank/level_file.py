@@ -11,9 +11,9 @@ import xxhash
 from jaxtyping import Float, UInt64
 from torch import Tensor
 
-from layers.regular_file import open_regular
-from models.bank.errors import BankError
-from models.bank.layout import PAGE, VERSION, WORD, Bytes, LevelLayout
+from mneme.layers.regular_file import open_regular
+from mneme.models.bank.errors import BankError
+from mneme.models.bank.layout import PAGE, VERSION, WORD, Bytes, LevelLayout
 
 _MAGIC = b"mnemebnk"
 _LONGEST = 2**20  # bytes of JSON in a header, in any version
@@ -24,7 +24,7 @@ class LevelFile:
     """A level's header and checksums. Its records stay in the file.
 
     Checksums are those of when the file was opened. A record that was edited since then has
-    another: open the file again after `models.bank.edit`.
+    another: open the file again after `mneme.models.bank.edit`.
 
     Args:
         path: what `write_bank` wrote.

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from layers.memory_bank import BankShape
-from layers.regular_file import open_regular, read_regular
-from models.bank.errors import BankError
-from models.bank.journal import JOURNAL, LEVEL_NAME, complete_edit
-from models.bank.layout import PAGE, VERSION, Dtype, LevelLayout, levels_of, shape_from_json
-from models.bank.level_file import LevelFile, require_version
+from mneme.layers.memory_bank import BankShape
+from mneme.layers.regular_file import open_regular, read_regular
+from mneme.models.bank.errors import BankError
+from mneme.models.bank.journal import JOURNAL, LEVEL_NAME, complete_edit
+from mneme.models.bank.layout import PAGE, VERSION, Dtype, LevelLayout, levels_of, shape_from_json
+from mneme.models.bank.level_file import LevelFile, require_version
 
 MANIFEST = "manifest.json"
 _SHOWN = 12  # digits of a hash in a message
@@ -85,7 +85,7 @@ class Manifest:
 def read_manifest(
     folder: Path, *, router: str | None = None, anchor: str | None = None
 ) -> Manifest:
-    """What a bank holds. Completes an edit of it that a crash cut short (see `models.bank.edit`).
+    """What a bank holds. Completes an edit of it that a crash cut short (see `mneme.models.bank.edit`).
 
     Args:
         folder: of the bank.

@@ -16,10 +16,10 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
-from layers.protocol import require_choice
-from models.bank.buffers import Buffers
-from models.bank.errors import BankError
-from models.bank.layout import PAGE, LevelLayout
+from mneme.layers.protocol import require_choice
+from mneme.models.bank.buffers import Buffers
+from mneme.models.bank.errors import BankError
+from mneme.models.bank.layout import PAGE, LevelLayout
 
 Read = Literal["auto", "pread", "mmap", "direct"]
 

@@ -9,12 +9,12 @@ from threading import Lock
 
 from torch import Tensor
 
-from models.bank.buffers import Buffers
-from models.bank.cache import RecordCache
-from models.bank.errors import BankError
-from models.bank.level_file import LevelFile
-from models.bank.reading import Read, Reader, open_reader
-from models.bank.task import Task
+from mneme.models.bank.buffers import Buffers
+from mneme.models.bank.cache import RecordCache
+from mneme.models.bank.errors import BankError
+from mneme.models.bank.level_file import LevelFile
+from mneme.models.bank.reading import Read, Reader, open_reader
+from mneme.models.bank.task import Task
 
 READERS = 3  # threads that read blocks of calls, besides those that wait for them
 _CLOSED = "the bank is closed; open it again"

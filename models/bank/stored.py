@@ -1,6 +1,6 @@
 """Memory banks that stay on disk: for serving a model whose bank is larger than memory.
 
-B sequences; L places, R units of a path, W numbers of a unit, as in `layers.memory_bank`.
+B sequences; L places, R units of a path, W numbers of a unit, as in `mneme.layers.memory_bank`.
 """
 
 import time
@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from layers.memory_bank import GENERIC, Bank, BankShape, require_routes
-from layers.protocol import require_at_least
-from models.bank.buffers import Buffers
-from models.bank.cache import RecordCache
-from models.bank.manifest import Manifest, open_levels, retrying
-from models.bank.reading import Read
-from models.bank.records import Reads, Records
-from models.bank.task import Task
+from mneme.layers.memory_bank import GENERIC, Bank, BankShape, require_routes
+from mneme.layers.protocol import require_at_least
+from mneme.models.bank.buffers import Buffers
+from mneme.models.bank.cache import RecordCache
+from mneme.models.bank.manifest import Manifest, open_levels, retrying
+from mneme.models.bank.reading import Read
+from mneme.models.bank.records import Reads, Records
+from mneme.models.bank.task import Task
 
 CACHE_BYTES = 256 * 2**20
 _WINDOW = 8  # blocks of a call that are asked for before the first of them is copied
@@ -35,7 +35,7 @@ class StoredBank(Bank):
 
     `to` moves and converts the results, as it does the generic block, which is always in memory.
 
-    An edit of the files (`models.bank.edit`) is not seen by a bank that is open: blocks that it
+    An edit of the files (`mneme.models.bank.edit`) is not seen by a bank that is open: blocks that it
     keeps are those from before, and others that were changed count as damaged. Open it again then.
 
     Args:
@@ -44,7 +44,7 @@ class StoredBank(Bank):
         anchor: hash of the model that uses the blocks; None does not compare.
         cache_bytes: what is kept of all levels together, or of each level by its number; levels
             that are not named keep nothing. Default 256 MiB together.
-        read: how files are read, see `models.bank.reading`; "auto" measures for each file whether
+        read: how files are read, see `mneme.models.bank.reading`; "auto" measures for each file whether
             "pread" or "direct" is faster.
         dtype: of results.
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 from torch import Tensor
 
-from models.bank.buffers import Buffers
+from mneme.models.bank.buffers import Buffers
 
 PIECE = 2 * 2**20  # bytes: whole pages
 

@@ -12,14 +12,21 @@ import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
-from layers.atomic_file import replacing, sync_folder
-from layers.memory_bank import BankShape
-from layers.regular_file import read_regular
-from models.bank.errors import BankError
-from models.bank.journal import JOURNAL, LEVEL_NAME, apply_journal, locked, remove_journal, told
-from models.bank.layout import Dtype, LevelLayout
-from models.bank.level_file import checksum_table, header
-from models.bank.manifest import MANIFEST, Manifest
+from mneme.layers.atomic_file import replacing, sync_folder
+from mneme.layers.memory_bank import BankShape
+from mneme.layers.regular_file import read_regular
+from mneme.models.bank.errors import BankError
+from mneme.models.bank.journal import (
+    JOURNAL,
+    LEVEL_NAME,
+    apply_journal,
+    locked,
+    remove_journal,
+    told,
+)
+from mneme.models.bank.layout import Dtype, LevelLayout
+from mneme.models.bank.level_file import checksum_table, header
+from mneme.models.bank.manifest import MANIFEST, Manifest
 
 _PART = re.compile(rf"\.({LEVEL_NAME.pattern}|{MANIFEST}|{JOURNAL})\.\w+")  # left by `replacing`
 

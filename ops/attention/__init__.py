@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.attention.fused import attention
-from ops.attention.naive import attention_naive
-from ops.registry import Op
+from mneme.ops.attention.fused import attention
+from mneme.ops.attention.naive import attention_naive
+from mneme.ops.registry import Op
 
 __all__ = ["OP", "attention", "attention_naive"]
 

@@ -6,7 +6,7 @@ Shapes: B batch, T time, H heads, K key width, V value width.
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.gated_delta import gated_delta_chunk
+from mneme.ops.gated_delta import gated_delta_chunk
 
 
 def delta_chunk(

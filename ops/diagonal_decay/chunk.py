@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ops.diagonal_decay.segment import Segment
-from ops.nothing import accepts_nothing
-from ops.precision import without_autocast
-from ops.tiling import Tiling
+from mneme.ops.diagonal_decay.segment import Segment
+from mneme.ops.nothing import accepts_nothing
+from mneme.ops.precision import without_autocast
+from mneme.ops.tiling import Tiling
 
 # Numbers per tensor of a segment, for each thread. The steps of a segment go over some thirty such
 # tensors; a smaller segment pays more for its calls than it gains from caches.

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from ops.diagonal_decay.levels import Descent, Ladder
+from mneme.ops.diagonal_decay.levels import Descent, Ladder
 
 _BITS = math.log2(math.e)
 

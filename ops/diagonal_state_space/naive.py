@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.diagonal_state_space.hold import zero_order_hold
-from ops.nothing import accepts_nothing
-from ops.precision import without_autocast
+from mneme.ops.diagonal_state_space.hold import zero_order_hold
+from mneme.ops.nothing import accepts_nothing
+from mneme.ops.precision import without_autocast
 
 
 @accepts_nothing("x")

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.gated_delta.chunk import check_chunk_size, gated_delta_chunk
-from ops.gated_delta.naive import gated_delta_naive
-from ops.not_finite import carries
-from ops.registry import Op
+from mneme.ops.gated_delta.chunk import check_chunk_size, gated_delta_chunk
+from mneme.ops.gated_delta.naive import gated_delta_naive
+from mneme.ops.not_finite import carries
+from mneme.ops.registry import Op
 
 __all__ = [
     "OP",

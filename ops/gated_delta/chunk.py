@@ -18,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ops.nothing import accepts_nothing
-from ops.precision import without_autocast
-from ops.tiling import Tiling
-from ops.triangular import inverse_of_one_minus
+from mneme.ops.nothing import accepts_nothing
+from mneme.ops.precision import without_autocast
+from mneme.ops.tiling import Tiling
+from mneme.ops.triangular import inverse_of_one_minus
 
 
 class _Decay(NamedTuple):

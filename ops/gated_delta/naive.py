@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.nothing import accepts_nothing
-from ops.precision import without_autocast
+from mneme.ops.nothing import accepts_nothing
+from mneme.ops.precision import without_autocast
 
 
 @accepts_nothing("q", "k", "v", "g", "beta")

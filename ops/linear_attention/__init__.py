@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.linear_attention.chunk import linear_attention_chunk, with_prefix
-from ops.linear_attention.naive import Prefix, State, linear_attention_naive
-from ops.not_finite import carries
-from ops.registry import Op
-from ops.scalar_decay.chunk import check_chunk_size
+from mneme.ops.linear_attention.chunk import linear_attention_chunk, with_prefix
+from mneme.ops.linear_attention.naive import Prefix, State, linear_attention_naive
+from mneme.ops.not_finite import carries
+from mneme.ops.registry import Op
+from mneme.ops.scalar_decay.chunk import check_chunk_size
 
 __all__ = ["OP", "linear_attention", "linear_attention_chunk", "linear_attention_naive"]
 

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.nothing import in_graph_of
-from ops.precision import without_autocast
+from mneme.ops.nothing import in_graph_of
+from mneme.ops.precision import without_autocast
 
 State: TypeAlias = tuple[Float[Tensor, "B H F V"], Float[Tensor, "B H F"]]
 Prefix: TypeAlias = tuple[Float[Tensor, "B M H F"], Float[Tensor, "B M H V"]]

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.nothing import in_graph_of
-from ops.precision import without_autocast
+from mneme.ops.nothing import in_graph_of
+from mneme.ops.precision import without_autocast
 
 
 @without_autocast

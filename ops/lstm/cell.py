@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.lstm.naive import LSTMState
-from ops.lstm.scan import Cell, scan
-from ops.precision import without_autocast
+from mneme.ops.lstm.naive import LSTMState
+from mneme.ops.lstm.scan import Cell, scan
+from mneme.ops.precision import without_autocast
 
 
 class _LSTM(Cell):

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.nothing import accepts_nothing
-from ops.precision import without_autocast
+from mneme.ops.nothing import accepts_nothing
+from mneme.ops.precision import without_autocast
 
 
 class LSTMState(NamedTuple):

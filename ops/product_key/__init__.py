@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.product_key.candidates import candidate_ranks, product_key_topk
-from ops.product_key.largest import largest
-from ops.product_key.naive import product_key_topk_naive
-from ops.registry import Op
+from mneme.ops.product_key.candidates import candidate_ranks, product_key_topk
+from mneme.ops.product_key.largest import largest
+from mneme.ops.product_key.naive import product_key_topk_naive
+from mneme.ops.registry import Op
 
 __all__ = [
     "OP",

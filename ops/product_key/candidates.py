@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ops.precision import without_autocast
-from ops.product_key.largest import largest
+from mneme.ops.precision import without_autocast
+from mneme.ops.product_key.largest import largest
 
 
 @lru_cache(maxsize=64)

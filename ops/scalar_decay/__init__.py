@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.not_finite import carries
-from ops.registry import Op
-from ops.scalar_decay.chunk import check_chunk_size, scalar_decay_chunk
-from ops.scalar_decay.naive import scalar_decay_naive
+from mneme.ops.not_finite import carries
+from mneme.ops.registry import Op
+from mneme.ops.scalar_decay.chunk import check_chunk_size, scalar_decay_chunk
+from mneme.ops.scalar_decay.naive import scalar_decay_naive
 
 __all__ = ["OP", "scalar_decay", "scalar_decay_chunk", "scalar_decay_naive"]
 

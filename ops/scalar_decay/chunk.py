@@ -19,11 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ops.nothing import accepts_nothing
-from ops.precision import without_autocast
-from ops.scalar_decay.decay import Decay
-from ops.scalar_decay.naive import heads_per_group
-from ops.tiling import Tiling
+from mneme.ops.nothing import accepts_nothing
+from mneme.ops.precision import without_autocast
+from mneme.ops.scalar_decay.decay import Decay
+from mneme.ops.scalar_decay.naive import heads_per_group
+from mneme.ops.tiling import Tiling
 
 
 class _Tiles(NamedTuple):

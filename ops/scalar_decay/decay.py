@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ops.tiling import Tiling
+from mneme.ops.tiling import Tiling
 
 
 class Decay(NamedTuple):

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.not_finite import carries
-from ops.registry import Op
-from ops.selective_scan.chunk import check_shapes, selective_scan_chunk
-from ops.selective_scan.naive import selective_scan_naive
+from mneme.ops.not_finite import carries
+from mneme.ops.registry import Op
+from mneme.ops.selective_scan.chunk import check_shapes, selective_scan_chunk
+from mneme.ops.selective_scan.naive import selective_scan_naive
 
 __all__ = ["OP", "selective_scan", "selective_scan_chunk", "selective_scan_naive"]
 

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.registry import Op
-from ops.short_convolution.naive import short_convolution_naive
-from ops.short_convolution.taps import short_convolution
+from mneme.ops.registry import Op
+from mneme.ops.short_convolution.naive import short_convolution_naive
+from mneme.ops.short_convolution.taps import short_convolution
 
 __all__ = ["OP", "short_convolution", "short_convolution_naive"]
 

@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.lstm import OP as LSTM
-from ops.lstm.scan import RECURRENT_UP_TO, check_weights
-from ops.not_finite import carries
-from ops.registry import Op
-from ops.slstm.cell import slstm_scan
-from ops.slstm.naive import SLSTMState, slstm_naive
+from mneme.ops.lstm import OP as LSTM
+from mneme.ops.lstm.scan import RECURRENT_UP_TO, check_weights
+from mneme.ops.not_finite import carries
+from mneme.ops.registry import Op
+from mneme.ops.slstm.cell import slstm_scan
+from mneme.ops.slstm.naive import SLSTMState, slstm_naive
 
 __all__ = ["OP", "SLSTMState", "slstm", "slstm_naive", "slstm_scan"]
 

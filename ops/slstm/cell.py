@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.lstm.scan import Cell, scan
-from ops.precision import without_autocast
-from ops.slstm.naive import SLSTMState
+from mneme.ops.lstm.scan import Cell, scan
+from mneme.ops.precision import without_autocast
+from mneme.ops.slstm.naive import SLSTMState
 
 
 def _closed(lost: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ops.nothing import accepts_nothing
-from ops.precision import without_autocast
+from mneme.ops.nothing import accepts_nothing
+from mneme.ops.precision import without_autocast
 
 
 class SLSTMState(NamedTuple):

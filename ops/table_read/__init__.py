@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.registry import Op
-from ops.table_read.naive import dot_rows_naive, sum_rows_naive
-from ops.table_read.read import dot_rows, sum_rows
+from mneme.ops.registry import Op
+from mneme.ops.table_read.naive import dot_rows_naive, sum_rows_naive
+from mneme.ops.table_read.read import dot_rows, sum_rows
 
 __all__ = ["OP", "dot_rows", "dot_rows_naive", "sum_rows", "sum_rows_naive"]
 

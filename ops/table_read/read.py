@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ops.precision import without_autocast
-from ops.table_read.kernels import all_row_sums, products, touched_row_sums, weighted_sums
-from ops.table_read.naive import exact_dtype
+from mneme.ops.precision import without_autocast
+from mneme.ops.table_read.kernels import all_row_sums, products, touched_row_sums, weighted_sums
+from mneme.ops.table_read.naive import exact_dtype
 
 
 class _Sum(torch.autograd.Function):

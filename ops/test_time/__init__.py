@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ops.precision import without_autocast
-from ops.registry import Op
-from ops.test_time.boundary import (
+from mneme.ops.precision import without_autocast
+from mneme.ops.registry import Op
+from mneme.ops.test_time.boundary import (
     Boundary,
     LqNorm,
     Orthogonal,
@@ -14,10 +14,10 @@ from ops.test_time.boundary import (
     UnitSlots,
     newton_schulz,
 )
-from ops.test_time.chunk import Watch
-from ops.test_time.chunk import memorize_chunked as memorize
-from ops.test_time.examples import REGIMES, flops, inputs
-from ops.test_time.memories import (
+from mneme.ops.test_time.chunk import Watch
+from mneme.ops.test_time.chunk import memorize_chunked as memorize
+from mneme.ops.test_time.examples import REGIMES, flops, inputs
+from mneme.ops.test_time.memories import (
     MLP,
     Head,
     Matrix,
@@ -26,9 +26,9 @@ from ops.test_time.memories import (
     SwiGLU,
     initial_stds,
 )
-from ops.test_time.naive import memorize_naive
-from ops.test_time.objectives import DotProduct, Huber, LpError, Objective, SquaredError
-from ops.test_time.rule import FastWeights, Gates, Rule, Slow
+from mneme.ops.test_time.naive import memorize_naive
+from mneme.ops.test_time.objectives import DotProduct, Huber, LpError, Objective, SquaredError
+from mneme.ops.test_time.rule import FastWeights, Gates, Rule, Slow
 
 __all__ = [
     "MLP",

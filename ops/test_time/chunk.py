@@ -15,14 +15,20 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ops.not_finite import carries
-from ops.nothing import accepts_nothing
-from ops.precision import without_autocast
-from ops.test_time.engine import Carried, Engine, Tiles
-from ops.test_time.memories import Head
-from ops.test_time.mixing import TiledGates
-from ops.test_time.rule import FastWeights, Gates, Rule, Slow
-from ops.test_time.tiles import from_tiles, memories_of, pieces, to_overlapping_tiles, to_tiles
+from mneme.ops.not_finite import carries
+from mneme.ops.nothing import accepts_nothing
+from mneme.ops.precision import without_autocast
+from mneme.ops.test_time.engine import Carried, Engine, Tiles
+from mneme.ops.test_time.memories import Head
+from mneme.ops.test_time.mixing import TiledGates
+from mneme.ops.test_time.rule import FastWeights, Gates, Rule, Slow
+from mneme.ops.test_time.tiles import (
+    from_tiles,
+    memories_of,
+    pieces,
+    to_overlapping_tiles,
+    to_tiles,
+)
 
 # Numbers in the widest tensor of a run: enough chunks a call to hide its overhead, few enough to
 # stay in cache. A run of one chunk is spared copies of weights and factors.

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ops.test_time.boundary import newton_schulz
-from ops.test_time.exact import corrections, errors_in_turn
-from ops.test_time.linear import causal_read, product, update
-from ops.test_time.memories import Gradients, Head
-from ops.test_time.mixing import Mixing, Source, TiledGates, mixing
-from ops.test_time.rule import Rule
+from mneme.ops.test_time.boundary import newton_schulz
+from mneme.ops.test_time.exact import corrections, errors_in_turn
+from mneme.ops.test_time.linear import causal_read, product, update
+from mneme.ops.test_time.memories import Gradients, Head
+from mneme.ops.test_time.mixing import Mixing, Source, TiledGates, mixing
+from mneme.ops.test_time.rule import Rule
 
 Nested = TypeVar("Nested")
 Maps = tuple[Tensor, ...]

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ops.test_time.memories import Product
-from ops.test_time.mixing import Mixing, Source
-from ops.triangular import inverse_of_one_minus
+from mneme.ops.test_time.memories import Product
+from mneme.ops.test_time.mixing import Mixing, Source
+from mneme.ops.triangular import inverse_of_one_minus
 
 
 class _InverseOfOnePlus(torch.autograd.Function):

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from ops.test_time.boundary import LqNorm, RowNorm, Softmax, UnitSlots
-from ops.test_time.memories import MLP, Matrix, Slots, SwiGLU, initial_stds
-from ops.test_time.naive import memorize_naive
-from ops.test_time.objectives import DotProduct, Huber, LpError
-from ops.test_time.rule import Gates, Rule, Slow
+from mneme.ops.test_time.boundary import LqNorm, RowNorm, Softmax, UnitSlots
+from mneme.ops.test_time.memories import MLP, Matrix, Slots, SwiGLU, initial_stds
+from mneme.ops.test_time.naive import memorize_naive
+from mneme.ops.test_time.objectives import DotProduct, Huber, LpError
+from mneme.ops.test_time.rule import Gates, Rule, Slow
 
 BEGUN = 3  # tokens before the first, so that calls start inside a chunk
 

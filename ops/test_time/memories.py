@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ops.sizes import scaled_width
-from ops.test_time.activations import ACTIVATIONS, ActivationName
-from ops.test_time.choices import require_one_of
+from mneme.ops.sizes import scaled_width
+from mneme.ops.test_time.activations import ACTIVATIONS, ActivationName
+from mneme.ops.test_time.choices import require_one_of
 
 Linear = Callable[[int, Tensor], Tensor]
 """`linear(l, x)`: rows x through map l, however it is made up."""

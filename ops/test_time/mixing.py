@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ops.test_time.rule import Rule
+from mneme.ops.test_time.rule import Rule
 
 
 class TiledGates(NamedTuple):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ops.nothing import accepts_nothing
-from ops.precision import without_autocast
-from ops.test_time.boundary import newton_schulz
-from ops.test_time.memories import Head, Slots
-from ops.test_time.rule import FastWeights, Gates, Rule, Slow
+from mneme.ops.nothing import accepts_nothing
+from mneme.ops.precision import without_autocast
+from mneme.ops.test_time.boundary import newton_schulz
+from mneme.ops.test_time.memories import Head, Slots
+from mneme.ops.test_time.rule import FastWeights, Gates, Rule, Slow
 
 Weights = tuple[Tensor, ...]
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ops.test_time.choices import require_one_of
+from mneme.ops.test_time.choices import require_one_of
 
 _TINY = 1e-6  # inside square roots, so that the outer gradient survives at zero
 _SHARPNESS = 10.0  # slope of the smooth sign at zero

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ops.test_time.boundary import Boundary, LqNorm, Orthogonal, UnitSlots
-from ops.test_time.choices import require_one_of
-from ops.test_time.memories import MLP, MemoryNetwork, Slots
-from ops.test_time.objectives import Objective, SquaredError
+from mneme.ops.test_time.boundary import Boundary, LqNorm, Orthogonal, UnitSlots
+from mneme.ops.test_time.choices import require_one_of
+from mneme.ops.test_time.memories import MLP, MemoryNetwork, Slots
+from mneme.ops.test_time.objectives import Objective, SquaredError
 
 
 class Gates(NamedTuple):

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.registry import Op
-from ops.tucker.leading import Leading, leading_vectors, tail_penalty
-from ops.tucker.naive import tucker_topk_naive
-from ops.tucker.survivors import tucker_topk
+from mneme.ops.registry import Op
+from mneme.ops.tucker.leading import Leading, leading_vectors, tail_penalty
+from mneme.ops.tucker.naive import tucker_topk_naive
+from mneme.ops.tucker.survivors import tucker_topk
 
 __all__ = [
     "OP",

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ops.nothing import in_graph_of
-from ops.tucker.leading import Leading, leading_vectors
+from mneme.ops.nothing import in_graph_of
+from mneme.ops.tucker.leading import Leading, leading_vectors
 
 
 def tucker_topk_naive(

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ops.precision import without_autocast
-from ops.product_key import largest
-from ops.tucker.leading import Leading, leading_vectors
+from mneme.ops.precision import without_autocast
+from mneme.ops.product_key import largest
+from mneme.ops.tucker.leading import Leading, leading_vectors
 
 _BLOCK_NUMBERS = 2**19  # of the grids formed at a time, so that they stay in cache
 

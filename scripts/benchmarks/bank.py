@@ -32,8 +32,8 @@ from pathlib import Path
 
 import torch
 
-from models import generate
-from models.bank import StoredBank
+from mneme.models import generate
+from mneme.models.bank import StoredBank
 from scripts.benchmarks import measure
 from scripts.benchmarks.cold_reads import Row, measure_cold, ratios, text
 from scripts.benchmarks.peak import ROOT, resident

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-from layers.memory_bank import BankShape
-from models.bank import BankError, StoredBank, Tier, tier_table
-from models.bank.buffers import Buffers
-from models.bank.layout import PAGE
-from models.bank.reading import WAYS, Direct, Pread, Read, Reader, evict
-from models.bank.records import READERS
-from models.bank.tiers import block_bytes
+from mneme.layers.memory_bank import BankShape
+from mneme.models.bank import BankError, StoredBank, Tier, tier_table
+from mneme.models.bank.buffers import Buffers
+from mneme.models.bank.layout import PAGE
+from mneme.models.bank.reading import WAYS, Direct, Pread, Read, Reader, evict
+from mneme.models.bank.records import READERS
+from mneme.models.bank.tiers import block_bytes
 from scripts.benchmarks import measure
 from scripts.benchmarks.random_bank import DTYPE, Sizes
 

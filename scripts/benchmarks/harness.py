@@ -12,12 +12,12 @@ import torch
 from lightning.pytorch import Callback
 from torch.nn import functional as F
 
-from harness.compose import compose_checked
-from harness.run_directory import RunDirectory
-from harness.training import Prepared, prepare, train
-from models.parameter_groups import parameter_groups
+from mneme.harness.compose import compose_checked
+from mneme.harness.run_directory import RunDirectory
+from mneme.harness.training import Prepared, prepare, train
+from mneme.models.parameter_groups import parameter_groups
+from mneme.tasks.base import IGNORE
 from scripts.benchmarks import measure
-from tasks.base import IGNORE
 
 # A step of about 50 ms on two cores; validation and checkpoints, which a bare loop lacks, are off.
 RUN = ("experiment=demo", "mixer=gated_deltanet", "trainer.val_check_interval=1000000")

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layers import GatedDeltaNet, Layer, MixtureOfMemories
-from ops import OPS
+from mneme.layers import GatedDeltaNet, Layer, MixtureOfMemories
+from mneme.ops import OPS
 from scripts.benchmarks import measure
 
 CASES = {  # op and regime

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from layers import HierarchicalFFN, Recipe, SoftmaxAttention, SwiGLU
-from layers.memory_bank import BankOptions, BankShape
-from models import LanguageModel
-from models.bank import StoredBank, read_manifest, write_bank
-from models.bank.layout import Dtype
-from models.bank.manifest import MANIFEST
+from mneme.layers import HierarchicalFFN, Recipe, SoftmaxAttention, SwiGLU
+from mneme.layers.memory_bank import BankOptions, BankShape
+from mneme.models import LanguageModel
+from mneme.models.bank import StoredBank, read_manifest, write_bank
+from mneme.models.bank.layout import Dtype
+from mneme.models.bank.manifest import MANIFEST
 
 DTYPE = torch.bfloat16  # of stored blocks
 STORED: Dtype = "bfloat16"  # likewise

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layers import PEER, ProductKeyMemory, TableOptions
-from layers.table import Table
-from models.parameter_groups import make_optimizer
-from ops.table_read import dot_rows, sum_rows
+from mneme.layers import PEER, ProductKeyMemory, TableOptions
+from mneme.layers.table import Table
+from mneme.models.parameter_groups import make_optimizer
+from mneme.ops.table_read import dot_rows, sum_rows
 from scripts.benchmarks import measure
 from scripts.benchmarks.peak import peak_memory
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layers import Features, Readout, TestTimeMemory
-from ops import OPS
-from ops.test_time import Rule
+from mneme.layers import Features, Readout, TestTimeMemory
+from mneme.ops import OPS
+from mneme.ops.test_time import Rule
 from scripts.benchmarks import measure
 from scripts.benchmarks.peak import peak_memory
 

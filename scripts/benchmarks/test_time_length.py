@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from layers import TestTimeMemory, detach_state, state_tensors
+from mneme.layers import TestTimeMemory, detach_state, state_tensors
 from scripts.benchmarks import measure
 from scripts.benchmarks.peak import peak_memory
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from harness.loggers import STEP
+from mneme.harness.loggers import STEP
+from mneme.tasks.metrics import LOWER_IS_BETTER
 from scripts.reporting.entries import flat
 from scripts.reporting.rows import Row
 from scripts.reporting.runs import ReportError, Run, unknown
-from tasks.metrics import LOWER_IS_BETTER
 
 Split = Literal["val", "test"]
 

@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness.cli import whole_number
-from harness.provenance import provenance
+from mneme.harness.cli import whole_number
+from mneme.harness.provenance import provenance
 from scripts.reporting.page import place
 
 

@@ -11,13 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from harness.check import TARGET, Config, ConfigError
-from harness.compose import compose_checked
-from harness.loggers import STEP, read_metrics
-from harness.run_directory import RunDirectory, RunError
-from harness.targets import TargetError, resolve_target
-from layers.regular_file import read_regular
-from tasks.base import Task
+from mneme.harness.check import TARGET, Config, ConfigError
+from mneme.harness.compose import compose_checked
+from mneme.harness.loggers import STEP, read_metrics
+from mneme.harness.run_directory import RunDirectory, RunError
+from mneme.harness.targets import TargetError, resolve_target
+from mneme.layers.regular_file import read_regular
+from mneme.tasks.base import Task
 
 _LISTED = 30  # names of what is known, in a message about what is not
 # What entries of summary.json and rows of evaluations.jsonl are, where the program relies on it.

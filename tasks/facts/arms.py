@@ -5,9 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from tasks.batch import IGNORE, Batch
-from tasks.facts.metrics import FactMetrics, Told
-from tasks.metrics import Metrics
+from mneme.tasks.batch import IGNORE, Batch
+from mneme.tasks.facts.metrics import FactMetrics, Told
+from mneme.tasks.metrics import Metrics
 
 
 class ArmMetrics(Metrics):

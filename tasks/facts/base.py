@@ -12,11 +12,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.base import EvalSplit, Facts, Task
-from tasks.facts.metrics import Told
-from tasks.recall.sampling import Ints
+from mneme.tasks.base import EvalSplit, Facts, Task
+from mneme.tasks.facts.metrics import Told
+from mneme.tasks.recall.sampling import Ints
 
-# Random streams of their own, beside those of `tasks.base.STREAMS`.
+# Random streams of their own, beside those of `mneme.tasks.base.STREAMS`.
 WORLD_STREAM, ORDER_STREAM, DOCUMENT_STREAM, ROUTE_STREAM = (3, 0), (3, 1), (3, 2), (3, 3)
 
 

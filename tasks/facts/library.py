@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tasks.facts.base import require_at_least_one
-from tasks.facts.words import Words, invent
-from tasks.recall.sampling import Ints
+from mneme.tasks.facts.base import require_at_least_one
+from mneme.tasks.facts.words import Words, invent
+from mneme.tasks.recall.sampling import Ints
 
 RELATIONS = ("craft", "town", "drink", "colour", "song", "stone", "flower", "beast")
 

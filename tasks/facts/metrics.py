@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tasks.batch import Batch
-from tasks.metrics import Metrics, score
+from mneme.tasks.batch import Batch
+from mneme.tasks.metrics import Metrics, score
 
 Sums = dict[str, float]
 

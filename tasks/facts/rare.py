@@ -11,15 +11,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tasks.base import IGNORE, Batch, BatchSet, EvalSplit, Facts
-from tasks.facts.arms import ArmMetrics
-from tasks.facts.base import WORLD_STREAM, FactTask, Zipf, stream
-from tasks.facts.library import LibraryOptions, ask_for, make_library, shortest_document, write
-from tasks.facts.metrics import Told
-from tasks.facts.routes import Arm, LibraryRoutes, Routes, RoutingOptions, arms_of
-from tasks.facts.words import Words
-from tasks.metrics import Metrics
-from tasks.recall.sampling import Ints
+from mneme.tasks.base import IGNORE, Batch, BatchSet, EvalSplit, Facts
+from mneme.tasks.facts.arms import ArmMetrics
+from mneme.tasks.facts.base import WORLD_STREAM, FactTask, Zipf, stream
+from mneme.tasks.facts.library import (
+    LibraryOptions,
+    ask_for,
+    make_library,
+    shortest_document,
+    write,
+)
+from mneme.tasks.facts.metrics import Told
+from mneme.tasks.facts.routes import Arm, LibraryRoutes, Routes, RoutingOptions, arms_of
+from mneme.tasks.facts.words import Words
+from mneme.tasks.metrics import Metrics
+from mneme.tasks.recall.sampling import Ints
 
 
 class RareFacts(FactTask):

@@ -10,12 +10,12 @@ from typing import Literal
 
 import numpy as np
 
-from routers import Clustering, HashedTfidf, Router, report
-from tasks.base import Facts
-from tasks.batch import NO_ROUTE
-from tasks.facts.base import DOCUMENT_STREAM, ROUTE_STREAM, require_at_least_one, stream
-from tasks.facts.library import Library, ask_for, write
-from tasks.recall.sampling import Ints
+from mneme.routers import Clustering, HashedTfidf, Router, report
+from mneme.tasks.base import Facts
+from mneme.tasks.batch import NO_ROUTE
+from mneme.tasks.facts.base import DOCUMENT_STREAM, ROUTE_STREAM, require_at_least_one, stream
+from mneme.tasks.facts.library import Library, ask_for, write
+from mneme.tasks.recall.sampling import Ints
 
 Routes = Literal["router", "topic", "random", "none"]
 Arm = Literal["question", "document", "topic", "random", "generic"]

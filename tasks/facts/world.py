@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tasks.batch import IGNORE, Batch
-from tasks.recall.sampling import Ints, distinct
+from mneme.tasks.batch import IGNORE, Batch
+from mneme.tasks.recall.sampling import Ints, distinct
 
 START = 0  # the token that every sequence begins with
 PHASES = 2

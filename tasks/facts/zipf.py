@@ -9,12 +9,12 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from tasks.base import Batch, BatchSet, EvalSplit, Facts
-from tasks.facts.base import WORLD_STREAM, FactTask, Zipf, require_at_least_one, stream
-from tasks.facts.metrics import FactMetrics, Told
-from tasks.facts.world import PHASES, World, alphabet_for, make_world, tell
-from tasks.metrics import Metrics
-from tasks.recall.sampling import Ints
+from mneme.tasks.base import Batch, BatchSet, EvalSplit, Facts
+from mneme.tasks.facts.base import WORLD_STREAM, FactTask, Zipf, require_at_least_one, stream
+from mneme.tasks.facts.metrics import FactMetrics, Told
+from mneme.tasks.facts.world import PHASES, World, alphabet_for, make_world, tell
+from mneme.tasks.metrics import Metrics
+from mneme.tasks.recall.sampling import Ints
 
 
 class ZipfFacts(FactTask):

@@ -6,9 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from tasks.base import Batch, BatchSet, EvalSplit, Task
-from tasks.batch import cut
-from tasks.metrics import Metrics, RecallMetrics
+from mneme.tasks.base import Batch, BatchSet, EvalSplit, Task
+from mneme.tasks.batch import cut
+from mneme.tasks.metrics import Metrics, RecallMetrics
 
 
 class RecallTask(Task):

@@ -10,10 +10,10 @@ from typing import Literal
 
 import numpy as np
 
-from tasks.base import Batch, EvalSplit, Facts, as_list
-from tasks.recall.base import RecallTask
-from tasks.recall.mqar import POWER, Shown, ask, at_queries, check_keys, interleaved
-from tasks.recall.sampling import Ints, distinct
+from mneme.tasks.base import Batch, EvalSplit, Facts, as_list
+from mneme.tasks.recall.base import RecallTask
+from mneme.tasks.recall.mqar import POWER, Shown, ask, at_queries, check_keys, interleaved
+from mneme.tasks.recall.sampling import Ints, distinct
 
 Rewrites = int | float | Literal["all"]
 

@@ -6,9 +6,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.base import Batch, BatchSet, EvalSplit, Facts, Task
-from tasks.metrics import Metrics, RecallMetrics
-from tasks.recall.base import RecallTask
+from mneme.tasks.base import Batch, BatchSet, EvalSplit, Facts, Task
+from mneme.tasks.metrics import Metrics, RecallMetrics
+from mneme.tasks.recall.base import RecallTask
 
 
 class RecallMixture(Task):

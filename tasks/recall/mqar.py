@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.base import IGNORE, Batch, Facts, as_list
-from tasks.recall.base import RecallTask
-from tasks.recall.sampling import Ints, distinct, weighted
+from mneme.tasks.base import IGNORE, Batch, Facts, as_list
+from mneme.tasks.recall.base import RecallTask
+from mneme.tasks.recall.sampling import Ints, distinct, weighted
 
 FILLER = 0
 POWER = 0.01  # of the public code; the odds of a slot are close to one over its rank

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.base import IGNORE, Batch, Facts, as_list
-from tasks.recall.base import RecallTask
-from tasks.recall.sampling import Ints
+from mneme.tasks.base import IGNORE, Batch, Facts, as_list
+from mneme.tasks.recall.base import RecallTask
+from mneme.tasks.recall.sampling import Ints
 
 MARKER = 0
 DEPTHS = 10  # equal parts of the haystack that accuracy is reported for

@@ -1,5 +1,5 @@
 """Streams of labelled features: what a memory is trained on class by class."""
 
-from tasks.streams.class_incremental import ClassIncremental, Labelled
+from mneme.tasks.streams.class_incremental import ClassIncremental, Labelled
 
 __all__ = ["ClassIncremental", "Labelled"]

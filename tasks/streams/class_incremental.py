@@ -18,7 +18,7 @@ LATENT = 8
 HIDDEN = 256
 OTHER_CLASSES = 10  # unlabelled clusters for each labelled one, as CIFAR-100 has for CIFAR-10
 
-# The first half of a random stream's spawn key, as in `tasks.base`.
+# The first half of a random stream's spawn key, as in `mneme.tasks.base`.
 STREAMS = {"encoder": 0, "clusters": 1, "unlabelled": 2, "split": 3, "test": 4}
 Stream = Literal["encoder", "clusters", "unlabelled", "split", "test"]
 

@@ -1,8 +1,8 @@
 """Text tasks: a source, a tokenizer, and a store of tokens that are read in place."""
 
-from tasks.text.corpus import LocalFiles, Source, StandardLibrary
-from tasks.text.text import Text
-from tasks.text.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
+from mneme.tasks.text.corpus import LocalFiles, Source, StandardLibrary
+from mneme.tasks.text.text import Text
+from mneme.tasks.text.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 
 __all__ = [
     "ByteTokenizer",

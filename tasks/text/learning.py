@@ -13,7 +13,7 @@ from typing import Any
 
 import sentencepiece
 
-from tasks.text.corpus import Document, blocks
+from mneme.tasks.text.corpus import Document, blocks
 
 # Enough text for a vocabulary of a few thousand pieces, and trained on in seconds.
 SAMPLE_BYTES = 4_000_000

@@ -22,9 +22,16 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tasks.text.corpus import BLOCK_BYTES, Document, Source, blocks, content_hash, split_documents
-from tasks.text.files import cache_root, replacing
-from tasks.text.tokenizer import Tokenizer
+from mneme.tasks.text.corpus import (
+    BLOCK_BYTES,
+    Document,
+    Source,
+    blocks,
+    content_hash,
+    split_documents,
+)
+from mneme.tasks.text.files import cache_root, replacing
+from mneme.tasks.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.base import IGNORE, Batch, BatchSet, EvalSplit, Facts, Task
-from tasks.metrics import Metrics, TextMetrics
-from tasks.text.baselines import compressed_bits_per_byte, unigram_nats
-from tasks.text.corpus import Source
-from tasks.text.store import TokenStore, prepare_store
-from tasks.text.tokenizer import Ids, Tokenizer
+from mneme.tasks.base import IGNORE, Batch, BatchSet, EvalSplit, Facts, Task
+from mneme.tasks.metrics import Metrics, TextMetrics
+from mneme.tasks.text.baselines import compressed_bits_per_byte, unigram_nats
+from mneme.tasks.text.corpus import Source
+from mneme.tasks.text.store import TokenStore, prepare_store
+from mneme.tasks.text.tokenizer import Ids, Tokenizer
 
 
 class Text(Task):

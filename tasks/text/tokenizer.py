@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tasks.text.corpus import Document
-from tasks.text.files import replacing
-from tasks.text.learning import END_OF_DOCUMENT, SAMPLE_BYTES, learn_model
-from tasks.text.sentencepiece_model import (
+from mneme.tasks.text.corpus import Document
+from mneme.tasks.text.files import replacing
+from mneme.tasks.text.learning import END_OF_DOCUMENT, SAMPLE_BYTES, learn_model
+from mneme.tasks.text.sentencepiece_model import (
     SPACE_MARK,
     SentencePieceModel,
     parse_model,

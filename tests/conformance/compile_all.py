@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from layers import LAYERS
+from mneme.layers import LAYERS
 from tests.helpers import (
     assert_close,
     assert_states_close,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from layers import LAYERS
+from mneme.layers import LAYERS
 
 ROOT = Path(__file__).parents[2]
 

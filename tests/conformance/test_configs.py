@@ -2,9 +2,9 @@
 
 import pytest
 
-from harness.compose import CONFIG_DIR, compose_checked
-from harness.jobs import start_run
-from harness.loggers import read_metrics
+from mneme.harness.compose import CONFIG_DIR, compose_checked
+from mneme.harness.jobs import start_run
+from mneme.harness.loggers import read_metrics
 
 SMALL = (
     "logger=csv",

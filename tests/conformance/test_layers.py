@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layers import (
+from mneme.layers import (
     LAYERS,
     Memory,
     detach_state,

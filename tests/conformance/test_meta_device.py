@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import Module
 
-from layers import LAYERS
+from mneme.layers import LAYERS
 from tests.helpers import LAYER_EXAMPLES, example_input, example_layer
 
 

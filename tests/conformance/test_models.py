@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from harness.build import build
-from harness.compose import CONFIG_DIR, compose_checked
-from layers import GENERIC, HierarchicalFFN, detach_state, state_tensors
-from models import budget
-from models.parameter_groups import make_optimizer
+from mneme.harness.build import build
+from mneme.harness.compose import CONFIG_DIR, compose_checked
+from mneme.layers import GENERIC, HierarchicalFFN, detach_state, state_tensors
+from mneme.models import budget
+from mneme.models.parameter_groups import make_optimizer
 from tests.helpers import assert_close, assert_states_close, run_in_pieces
 
 MIXERS = sorted(path.stem for path in (CONFIG_DIR / "mixer").glob("*.yaml"))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from layers import LAYERS, Memory
-from ops.not_finite import contained
+from mneme.layers import LAYERS, Memory
+from mneme.ops.not_finite import contained
 from tests.helpers import LAYER_EXAMPLES, example_input, example_layer, run_in_pieces
 
 

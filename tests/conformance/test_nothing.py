@@ -5,8 +5,8 @@ from itertools import product
 import pytest
 import torch
 
-from layers import LAYERS, Memory, is_loss, map_state, state_tensors
-from models import generate
+from mneme.layers import LAYERS, Memory, is_loss, map_state, state_tensors
+from mneme.models import generate
 from tests.conformance.test_models import every_model, small_model, tokens
 from tests.helpers import (
     LAYER_EXAMPLES,

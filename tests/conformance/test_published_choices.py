@@ -7,10 +7,10 @@ from operator import attrgetter
 
 import pytest
 
-import layers
-from harness.build import build
-from harness.compose import compose_group
-from ops import test_time
+from mneme import layers
+from mneme.harness.build import build
+from mneme.harness.compose import compose_group
+from mneme.ops import test_time
 
 MIXERS = {
     # a row: the class, and attributes of the layer by dotted name

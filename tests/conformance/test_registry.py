@@ -9,9 +9,9 @@ import re
 
 import pytest
 
-import layers
-from layers import LAYERS, Layer, MatrixMemory, Memory, RoutedLayer, register
-from routers import Router
+from mneme import layers
+from mneme.layers import LAYERS, Layer, MatrixMemory, Memory, RoutedLayer, register
+from mneme.routers import Router
 
 BASES = (Layer, MatrixMemory, Memory, RoutedLayer)
 

@@ -11,7 +11,7 @@ import torch
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from layers import (
+from mneme.layers import (
     LAYERS,
     GatedDeltaNet,
     Memory,
@@ -26,8 +26,8 @@ from layers import (
     select_state,
     state_tensors,
 )
-from layers.state_fit import require_fit
-from models import LanguageModel
+from mneme.layers.state_fit import require_fit
+from mneme.models import LanguageModel
 from tests.helpers import LAYER_EXAMPLES, example_input, example_layer
 
 TOKENS = 20  # more than any example's window, chunk or segment
@@ -213,7 +213,7 @@ def test_models_refuse_what_their_layers_do():
 COMPILED = """
 import torch
 from torch._dynamo.testing import CompileCounter
-from layers import GatedDeltaNet, Residual
+from mneme.layers import GatedDeltaNet, Residual
 layer, other = (Residual(16, layer=lambda d: GatedDeltaNet(d, heads=2)) for _ in range(2))
 counter = CompileCounter()
 compiled = torch.compile(layer, backend=counter, fullgraph=True)

@@ -7,20 +7,20 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import Precision
 
-from harness import anchor
-from harness.build import build
-from harness.check import ConfigError
-from harness.checkpoints import Interrupted, model_weights, read_checkpoint
-from harness.compose import compose_checked
-from harness.evaluation import FitError, check_fit, evaluate, restore_model
-from harness.jobs import resume_run, start_run
-from harness.loggers import read_metrics
-from harness.run_directory import RunDirectory
-from harness.training import prepare
-from layers import BankOptions, HierarchicalFFN, ProductKeyMemory
-from models import LanguageModel
-from models.bank import anchor_hash, read_manifest, verify_bank
-from models.bank.stored import StoredBank
+from mneme.harness import anchor
+from mneme.harness.build import build
+from mneme.harness.check import ConfigError
+from mneme.harness.checkpoints import Interrupted, model_weights, read_checkpoint
+from mneme.harness.compose import compose_checked
+from mneme.harness.evaluation import FitError, check_fit, evaluate, restore_model
+from mneme.harness.jobs import resume_run, start_run
+from mneme.harness.loggers import read_metrics
+from mneme.harness.run_directory import RunDirectory
+from mneme.harness.training import prepare
+from mneme.layers import BankOptions, HierarchicalFFN, ProductKeyMemory
+from mneme.models import LanguageModel
+from mneme.models.bank import anchor_hash, read_manifest, verify_bank
+from mneme.models.bank.stored import StoredBank
 
 RARE = (
     "task=rare_facts",
@@ -130,7 +130,7 @@ def test_a_run_that_was_stopped_goes_on_without_its_anchor(
     copy = shutil.copytree(dense.path, tmp_path / "copy")
     stopped = RunDirectory(tmp_path / "stopped")
     with monkeypatch.context() as patch:
-        patch.setattr("harness.checkpoints.StopOnSignal.end_of_step", stop_at_the_fourth)
+        patch.setattr("mneme.harness.checkpoints.StopOnSignal.end_of_step", stop_at_the_fourth)
         with pytest.raises(Interrupted):
             train(stopped.path, *ALONE, DROPOUT, f"start_from={copy}", "save_bank_every=4")
     assert read_manifest(stopped.bank).facts["step"] == 4

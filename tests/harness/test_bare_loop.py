@@ -8,15 +8,15 @@ import torch
 from lightning.pytorch import Callback
 from torch.nn import functional as F
 
-from harness import provenance, stopwatch
-from harness.checkpoints import load_weights, read_checkpoint
-from harness.compose import compose_checked
-from harness.eval_command import evaluate_command
-from harness.jobs import resume_run, start_run
-from harness.loggers import read_metrics
-from harness.run_directory import RunDirectory
-from harness.training import prepare, train
-from models import SequenceModule
+from mneme.harness import provenance, stopwatch
+from mneme.harness.checkpoints import load_weights, read_checkpoint
+from mneme.harness.compose import compose_checked
+from mneme.harness.eval_command import evaluate_command
+from mneme.harness.jobs import resume_run, start_run
+from mneme.harness.loggers import read_metrics
+from mneme.harness.run_directory import RunDirectory
+from mneme.harness.training import prepare, train
+from mneme.models import SequenceModule
 from tests.harness.conftest import TINY
 
 STEPS, LR, CLIP, DECAY = 8, 0.02, 0.3, 0.5
@@ -133,7 +133,9 @@ def restless(tmp_path):
         (tmp_path / "text" / f"{name}.txt").write_text(
             f"{name} says so, and {name} is right. " * 40
         )
-    source = f"task.source={{_target_: tasks.LocalFiles, paths: ['{tmp_path / 'text'}/*.txt']}}"
+    source = (
+        f"task.source={{_target_: mneme.tasks.LocalFiles, paths: ['{tmp_path / 'text'}/*.txt']}}"
+    )
     return [*TEXT, source, f"task.cache_dir={tmp_path / 'cache'}", "optimizer.lr=0.3"]
 
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from omegaconf import OmegaConf
 
-from harness.build import build
-from harness.check import ConfigError
-from harness.compose import (
+from mneme.harness.build import build
+from mneme.harness.check import ConfigError
+from mneme.harness.compose import (
     CONFIG_DIR,
     check_sweep,
     checked,
@@ -15,8 +15,8 @@ from harness.compose import (
     compose_group,
     parse_overrides,
 )
-from layers.table import SharedTable, Table
-from layers.ultra_mem import ONE_QUERY, QUERY_PER_RANK
+from mneme.layers.table import SharedTable, Table
+from mneme.layers.ultra_mem import ONE_QUERY, QUERY_PER_RANK
 
 
 def problems_of(*overrides: str) -> list[str]:
@@ -75,7 +75,10 @@ def test_mistakes_inside_lists_are_found():
         ("trainer.logger=false", "the program sets this option of Trainer; leave it out"),
         ("mixer=7", "there is no such mixer"),
         ("nonsense", "not of the form key=value"),
-        ("task._target_=tasks.Mqar", "tasks.Mqar is not a class; did you mean 'tasks.MQAR'?"),
+        (
+            "task._target_=mneme.tasks.Mqar",
+            "mneme.tasks.Mqar is not a class; did you mean 'mneme.tasks.MQAR'?",
+        ),
         ("model=null", "model=None: there is no such model"),
         ("task.seed=${nowhere}", "Interpolation key 'nowhere' not found"),
         ("trainer.precision=???", "needs a value"),
@@ -87,8 +90,11 @@ def test_mistakes_inside_lists_are_found():
         ("trainer.limit_val_batches=0", "the best checkpoint needs a validation"),
         ("trainer.gradient_clip_algorithm=value", "gradients are clipped by norm"),
         ("trainer.precision=16-mixed", "use bf16-mixed or 32-true"),
-        ("mixer._target_=layers.Output", "mixer._target_: expected a Layer, got layers.Output"),
-        ("model._target_=layers.MLP", "expected a LanguageModel, got layers.MLP"),
+        (
+            "mixer._target_=mneme.layers.Output",
+            "mixer._target_: expected a Layer, got layers.Output",
+        ),
+        ("model._target_=mneme.layers.MLP", "expected a LanguageModel, got layers.MLP"),
         ("~model._target_", "model: expected a group with a _target_"),
         ("mixer=attention,sliding_window", "several values are for a sweep; add -m"),
         ("optimizer._target_=lightning.pytorch.cli.LightningCLI", "may not be built"),
@@ -109,7 +115,7 @@ def test_every_element_of_a_list_is_checked(place):
 
 
 def test_an_inner_node_of_another_kind_is_named():
-    (found,) = problems_of("task=text", "task.tokenizer={_target_: layers.MLP}")
+    (found,) = problems_of("task=text", "task.tokenizer={_target_: mneme.layers.MLP}")
     assert found == "task.tokenizer._target_: expected a Tokenizer, got layers.MLP"
 
 
@@ -118,9 +124,11 @@ def test_options_without_a_target_are_told_which_to_give():
     (found,) = problems_of(*bare, "ffn.table.update=rowwise")
     assert found == (
         "ffn.table: expected TableOptions, got {'update': 'rowwise'} (dict); "
-        "give it a _target_, such as ffn.table._target_=layers.TableOptions"
+        "give it a _target_, such as ffn.table._target_=mneme.layers.TableOptions"
     )
-    compose_checked([*bare, "ffn.table.update=rowwise", "ffn.table._target_=layers.TableOptions"])
+    compose_checked(
+        [*bare, "ffn.table.update=rowwise", "ffn.table._target_=mneme.layers.TableOptions"]
+    )
     (found,) = problems_of("ffn=pkm", "ffn.heads={a: 1}")
     assert found.endswith("(dict)")
 
@@ -194,4 +202,4 @@ def test_values_are_parsed_as_hydra_parses_them():
 
 def test_a_config_from_a_file_is_checked_alike():
     with pytest.raises(ConfigError, match="task: this group is missing"):
-        checked(OmegaConf.create({"model": {"_target_": "models.LanguageModel"}}), {})
+        checked(OmegaConf.create({"model": {"_target_": "mneme.models.LanguageModel"}}), {})

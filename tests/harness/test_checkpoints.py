@@ -8,18 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harness.check import ConfigError
-from harness.checkpoints import Checkpoints, checkpoint_config, read_checkpoint
-from harness.eval_command import evaluate_command
-from harness.jobs import resume_run
-from harness.run_directory import (
+from mneme.harness.check import ConfigError
+from mneme.harness.checkpoints import Checkpoints, checkpoint_config, read_checkpoint
+from mneme.harness.eval_command import evaluate_command
+from mneme.harness.jobs import resume_run
+from mneme.harness.run_directory import (
     RunDirectory,
     RunError,
     find_run,
     new_run_directory,
     write_atomically,
 )
-from tasks import MQAR
+from mneme.tasks import MQAR
 
 
 def test_a_run_leaves_the_best_and_the_last(train_tiny):

@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 
-from harness.check import ConfigError
-from harness.checkpoints import read_checkpoint
-from harness.cli import report_errors
-from harness.eval_command import evaluate_command
-from models.diagnosis import NonFiniteError
+from mneme.harness.check import ConfigError
+from mneme.harness.checkpoints import read_checkpoint
+from mneme.harness.cli import report_errors
+from mneme.harness.eval_command import evaluate_command
+from mneme.models.diagnosis import NonFiniteError
 from tests.harness.conftest import ROOT, TINY, environment, program
 
 

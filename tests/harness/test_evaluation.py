@@ -6,14 +6,14 @@ from functools import partial
 import pytest
 from lightning.pytorch.plugins.precision import Precision
 
-from harness.build import build
-from harness.check import ConfigError
-from harness.checkpoints import read_checkpoint
-from harness.compose import compose_checked
-from harness.eval_command import evaluate_command
-from harness.evaluation import FitError, evaluate, restore_model
-from harness.jobs import start_run
-from harness.training import build_model
+from mneme.harness.build import build
+from mneme.harness.check import ConfigError
+from mneme.harness.checkpoints import read_checkpoint
+from mneme.harness.compose import compose_checked
+from mneme.harness.eval_command import evaluate_command
+from mneme.harness.evaluation import FitError, evaluate, restore_model
+from mneme.harness.jobs import start_run
+from mneme.harness.training import build_model
 
 
 def test_a_run_is_evaluated_at_its_length_and_longer(train_tiny, capsys):
@@ -97,7 +97,7 @@ def text_run(train_tiny, tmp_path):
         (files / f"{i}.txt").write_text(f"line {i} of a small text\n" * 200)
     composed = compose_checked([
         "task=text", "model.d_model=16", "model.n_layers=1", "mixer.heads=1", "logger=csv",
-        f"task.source={{_target_: tasks.LocalFiles, paths: ['{files}/*.txt']}}",
+        f"task.source={{_target_: mneme.tasks.LocalFiles, paths: ['{files}/*.txt']}}",
         f"task.cache_dir={tmp_path / 'cache'}",
         "task.seq_len=32", "task.batch_size=4", "trainer.max_steps=10", "task.eval_tokens=3000",
         "trainer.enable_progress_bar=false", f"run_dir={tmp_path / 'text'}",
@@ -121,7 +121,7 @@ def test_text_is_scored_in_bits_per_byte_with_the_state_carried_and_not(text_run
 def test_state_bytes_are_those_of_the_state_that_was_carried(text_run):
     run, _ = text_run
     config = run.read_config()
-    attention = {"_target_": "layers.SoftmaxAttention", "heads": 1}
+    attention = {"_target_": "mneme.layers.SoftmaxAttention", "heads": 1}
     config["model"]["pattern"] = [[attention]]
     task = build(config["task"])
     model = build_model(config, task).eval()
@@ -134,7 +134,7 @@ def test_state_bytes_are_those_of_the_state_that_was_carried(text_run):
 def test_text_that_was_split_into_other_tokens_is_not_read(text_run, tmp_path):
     run, _ = text_run
     other = tmp_path / "files" / "*.txt"
-    source = f"task.source={{_target_: tasks.LocalFiles, paths: ['{other}']}}"
+    source = f"task.source={{_target_: mneme.tasks.LocalFiles, paths: ['{other}']}}"
     small = ["task=text_sentencepiece", "task.tokenizer.vocab_size=512", source]
     with pytest.raises(FitError, match="has 512 tokens, the model knows 257"):
         evaluate_command([f"run={run.path}", *small, "task.seq_len=16", "task.batch_size=2"])
@@ -154,7 +154,7 @@ def test_a_learnt_vocabulary_goes_with_the_run_to_other_text(tmp_path):
             (tmp_path / folder / f"{i}.txt").write_text(line.format(i) * 100)
 
     def source(folder: str) -> str:
-        return f"task.source={{_target_: tasks.LocalFiles, paths: ['{tmp_path / folder}/*.txt']}}"
+        return f"task.source={{_target_: mneme.tasks.LocalFiles, paths: ['{tmp_path / folder}/*.txt']}}"
 
     composed = compose_checked([
         "task=text_sentencepiece", source("a"), "task.tokenizer.vocab_size=512", "logger=csv",

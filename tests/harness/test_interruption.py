@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from harness.loggers import read_metrics
-from harness.run_directory import RunDirectory
-from models.bank import read_manifest, verify_bank
+from mneme.harness.loggers import read_metrics
+from mneme.harness.run_directory import RunDirectory
+from mneme.models.bank import read_manifest, verify_bank
 from tests.harness.conftest import TINY, program, start
 
 STEPS = 250

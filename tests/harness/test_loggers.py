@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from harness import loggers
-from harness.loggers import MetricsFile, read_metrics
-from harness.run_directory import RunDirectory
+from mneme.harness import loggers
+from mneme.harness.loggers import MetricsFile, read_metrics
+from mneme.harness.run_directory import RunDirectory
 from tests.harness.conftest import ROOT
 
 

@@ -7,10 +7,10 @@ import random
 import pytest
 import sentencepiece
 
-from harness.check import ConfigError
-from harness.compose import compose_checked
-from harness.eval_command import evaluate_command
-from harness.jobs import start_run
+from mneme.harness.check import ConfigError
+from mneme.harness.compose import compose_checked
+from mneme.harness.eval_command import evaluate_command
+from mneme.harness.jobs import start_run
 from scripts.report import report
 from scripts.reporting.runs import read_run
 from tests.harness.conftest import TINY
@@ -38,7 +38,7 @@ def overrides(tmp_path):
     return [
         *(option for option in TINY if not option.startswith("task.")),
         "task=text_sentencepiece",
-        f"task.source={{_target_: tasks.LocalFiles, paths: ['{tmp_path}/texts/*.txt']}}",
+        f"task.source={{_target_: mneme.tasks.LocalFiles, paths: ['{tmp_path}/texts/*.txt']}}",
         f"task.tokenizer={{vocab_size: 512, model_file: '{tmp_path}/m.model'}}",
         "task.seq_len=16",
         "task.batch_size=4",

@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 
-from harness.checkpoints import read_checkpoint
-from harness.loggers import read_metrics
-from harness.run_directory import RunDirectory
+from mneme.harness.checkpoints import read_checkpoint
+from mneme.harness.loggers import read_metrics
+from mneme.harness.run_directory import RunDirectory
 from tests.harness.conftest import TINY, program, start
 from tests.helpers import assert_close
 

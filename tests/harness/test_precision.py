@@ -8,15 +8,15 @@ import torch
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 
-from harness.build import build
-from harness.checkpoints import model_weights, read_checkpoint
-from harness.compose import compose_checked
-from harness.eval_command import evaluate_command
-from harness.evaluation import restore_model
-from harness.jobs import start_run
-from harness.run_directory import RunDirectory
-from harness.training import build_model
-from models import LanguageModel
+from mneme.harness.build import build
+from mneme.harness.checkpoints import model_weights, read_checkpoint
+from mneme.harness.compose import compose_checked
+from mneme.harness.eval_command import evaluate_command
+from mneme.harness.evaluation import restore_model
+from mneme.harness.jobs import start_run
+from mneme.harness.run_directory import RunDirectory
+from mneme.harness.training import build_model
+from mneme.models import LanguageModel
 from scripts import delete_blocks, demo, serve_bank, store_tables
 from tests.harness.conftest import TINY
 from tests.harness.test_banks import BANK, train

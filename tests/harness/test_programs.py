@@ -9,8 +9,8 @@ import sys
 import pytest
 
 import train
-from harness.cli import report_errors
-from harness.compose import CONFIG_DIR
+from mneme.harness.cli import report_errors
+from mneme.harness.compose import CONFIG_DIR
 from tests.harness.conftest import TINY, program
 
 

@@ -15,13 +15,13 @@ import traceback
 import pytest
 import torch
 
-from harness import evaluation
-from harness.cli import report_errors
-from harness.eval_command import evaluate_command
-from harness.jobs import resume_run
-from harness.loggers import read_metrics
-from harness.run_directory import RunDirectory
-from models import clipping, lightning_module, parameter_groups
+from mneme.harness import evaluation
+from mneme.harness.cli import report_errors
+from mneme.harness.eval_command import evaluate_command
+from mneme.harness.jobs import resume_run
+from mneme.harness.loggers import read_metrics
+from mneme.harness.run_directory import RunDirectory
+from mneme.models import clipping, lightning_module, parameter_groups
 from tests.harness.conftest import ROOT, TINY, environment
 
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
@@ -37,7 +37,7 @@ def train(*arguments):
 
 def evaluate(*arguments):
     """What `python eval.py` does."""
-    from harness.signals import listen
+    from mneme.harness.signals import listen
 
     listen()
     evaluate_command(arguments)

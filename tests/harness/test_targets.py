@@ -2,11 +2,11 @@
 
 import pytest
 
-from harness.build import build
-from harness.check import ConfigError
-from harness.compose import compose_checked
-from harness.targets import TargetError, resolve_target
-from layers import GatedDeltaNet
+from mneme.harness.build import build
+from mneme.harness.check import ConfigError
+from mneme.harness.compose import compose_checked
+from mneme.harness.targets import TargetError, resolve_target
+from mneme.layers import GatedDeltaNet
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from layers import GatedDeltaNet
         "builtins.eval",
         "torch.load",
         "torch.hub.load",
-        "harness.run_directory.RunDirectory",
+        "mneme.harness.run_directory.RunDirectory",
         "layersx.Evil",
         7,
         None,
@@ -30,7 +30,12 @@ def test_names_outside_the_list_are_refused(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["harness.loggers.os.system", "models.budget", "layers.register", "tasks.base.itertools"],
+    [
+        "mneme.harness.loggers.os.system",
+        "mneme.models.budget",
+        "mneme.layers.register",
+        "mneme.tasks.base.itertools",
+    ],
 )
 def test_what_is_not_a_class_is_refused(name):
     with pytest.raises(TargetError):
@@ -40,9 +45,9 @@ def test_what_is_not_a_class_is_refused(name):
 @pytest.mark.parametrize(
     "name",
     [
-        "tasks.text.corpus.Path",
+        "mneme.tasks.text.corpus.Path",
         "lightning.pytorch.trainer.trainer.Path",
-        "models.generation.Tensor",
+        "mneme.models.generation.Tensor",
     ],
 )
 def test_a_class_reached_through_a_modules_imports_is_refused(name):
@@ -52,7 +57,7 @@ def test_a_class_reached_through_a_modules_imports_is_refused(name):
 
 def test_the_nearest_class_is_named():
     with pytest.raises(TargetError, match=r"did you mean 'layers\.GatedDeltaNet'"):
-        resolve_target("layers.GatedDeltanet")
+        resolve_target("mneme.layers.GatedDeltanet")
 
 
 def test_a_refused_target_is_a_config_error():
@@ -66,7 +71,7 @@ def test_building_refuses_what_was_never_checked():
 
 
 def test_a_layer_is_built_as_a_recipe():
-    recipe = build({"_target_": "layers.GatedDeltaNet", "heads": 2})
+    recipe = build({"_target_": "mneme.layers.GatedDeltaNet", "heads": 2})
     layer = recipe(8)
     assert isinstance(layer, GatedDeltaNet)
     assert layer.heads == 2

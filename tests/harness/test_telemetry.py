@@ -9,18 +9,18 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import Precision
 
-from harness.build import build
-from harness.check import ConfigError
-from harness.checkpoints import read_checkpoint
-from harness.compose import compose_checked
-from harness.eval_command import evaluate_command
-from harness.evaluation import FitError, evaluate, restore_model
-from harness.jobs import start_run
-from harness.run_directory import RunError
-from harness.surprise_page import Section, Token, page
-from harness.telemetry import PIECE, record_trace, tokens_of
-from layers import recording
-from tasks import ByteTokenizer, LocalFiles, Text
+from mneme.harness.build import build
+from mneme.harness.check import ConfigError
+from mneme.harness.checkpoints import read_checkpoint
+from mneme.harness.compose import compose_checked
+from mneme.harness.eval_command import evaluate_command
+from mneme.harness.evaluation import FitError, evaluate, restore_model
+from mneme.harness.jobs import start_run
+from mneme.harness.run_directory import RunError
+from mneme.harness.surprise_page import Section, Token, page
+from mneme.harness.telemetry import PIECE, record_trace, tokens_of
+from mneme.layers import recording
+from mneme.tasks import ByteTokenizer, LocalFiles, Text
 
 LINE = 'if a < b && c > "é": # naïve {}\n'
 SPAN = re.compile(
@@ -38,7 +38,7 @@ def text_run(tmp_path_factory):
         (folder / "files" / f"{i}.txt").write_text(LINE.format(i) * 100)
     composed = compose_checked([
         "task=text", "mixer=titans_lmm", "ffn=none", "model.d_model=16", "model.n_layers=2",
-        f"task.source={{_target_: tasks.LocalFiles, paths: ['{folder}/files/*.txt']}}",
+        f"task.source={{_target_: mneme.tasks.LocalFiles, paths: ['{folder}/files/*.txt']}}",
         f"task.cache_dir={folder / 'cache'}", "logger=csv", "task.seq_len=32",
         "task.batch_size=4", "trainer.max_steps=2", "task.eval_tokens=1000",
         "trainer.enable_progress_bar=false", f"run_dir={folder / 'run'}",

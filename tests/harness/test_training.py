@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from harness.check import ConfigError
-from harness.compose import compose_checked
-from harness.jobs import start_run
-from harness.loggers import read_metrics
-from models.diagnosis import NonFiniteError
+from mneme.harness.check import ConfigError
+from mneme.harness.compose import compose_checked
+from mneme.harness.jobs import start_run
+from mneme.harness.loggers import read_metrics
+from mneme.models.diagnosis import NonFiniteError
 from tests.harness.conftest import TINY
 
 
@@ -48,10 +48,10 @@ def test_accumulated_batches_make_one_update_and_one_row(train_tiny):
 
 
 def test_tokens_of_a_mixture_are_those_that_were_read(tmp_path):
-    part = {"_target_": "tasks.MQAR", "vocab_size": 32, "batch_size": 2, "test_examples": 2}
+    part = {"_target_": "mneme.tasks.MQAR", "vocab_size": 32, "batch_size": 2, "test_examples": 2}
     composed = compose_checked([*(o for o in TINY if o[:5] != "task."), "task=mqar_mix"])
     task = {
-        "_target_": "tasks.RecallMixture",
+        "_target_": "mneme.tasks.RecallMixture",
         "train": [{**part, "seq_len": 8, "pairs": 2}],
         "test": [{**part, "seq_len": 64, "pairs": 2}],
     }
@@ -122,7 +122,7 @@ def test_a_trainer_that_lightning_refuses_is_a_config_error(train_tiny):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(train_tiny, tmp_path, monkeypatch):
-    from layers import GatedDeltaNet
+    from mneme.layers import GatedDeltaNet
 
     original, calls = GatedDeltaNet.forward, []
 
@@ -143,7 +143,7 @@ def test_a_loss_that_is_no_number_stops_the_run(train_tiny, tmp_path, monkeypatc
 
 
 def test_a_gradient_that_is_no_number_stops_the_run_before_the_step(train_tiny, monkeypatch):
-    from layers import GatedDeltaNet
+    from mneme.layers import GatedDeltaNet
 
     original = GatedDeltaNet.forward
 

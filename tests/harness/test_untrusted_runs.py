@@ -6,21 +6,21 @@ import shutil
 import pytest
 import torch
 
-from harness.build import build
-from harness.check import ConfigError
-from harness.checkpoints import read_checkpoint
-from harness.compose import compose_checked
-from harness.eval_command import evaluate_command
-from harness.jobs import resume_run
-from harness.loggers import read_metrics
-from harness.resume_check import resume_problems
-from harness.run_directory import RunDirectory, RunError, find_run
-from harness.schema import check_config
-from harness.targets import TargetError, resolve_target
-from harness.training import prepare
-from models.bank import BankError, read_manifest
-from routers import Router, RouterError
-from tasks.facts.words import Words
+from mneme.harness.build import build
+from mneme.harness.check import ConfigError
+from mneme.harness.checkpoints import read_checkpoint
+from mneme.harness.compose import compose_checked
+from mneme.harness.eval_command import evaluate_command
+from mneme.harness.jobs import resume_run
+from mneme.harness.loggers import read_metrics
+from mneme.harness.resume_check import resume_problems
+from mneme.harness.run_directory import RunDirectory, RunError, find_run
+from mneme.harness.schema import check_config
+from mneme.harness.targets import TargetError, resolve_target
+from mneme.harness.training import prepare
+from mneme.models.bank import BankError, read_manifest
+from mneme.routers import Router, RouterError
+from mneme.tasks.facts.words import Words
 from tests.harness.conftest import TINY
 
 ACCUMULATING = ("trainer.accumulate_grad_batches=2", "trainer.val_check_interval=6")
@@ -29,7 +29,7 @@ ACCUMULATING = ("trainer.accumulate_grad_batches=2", "trainer.val_check_interval
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of three of its six steps, never changed."""
-    from harness.jobs import start_run
+    from mneme.harness.jobs import start_run
 
     path = tmp_path_factory.mktemp("trained") / "run"
     run, _ = start_run(compose_checked([*TINY, *ACCUMULATING, f"run_dir={path}"]))
@@ -180,7 +180,7 @@ ELSEWHERE = {
     "lightning.pytorch.loggers.TensorBoardLogger": {"save_dir": "PLACE"},
     "lightning.pytorch.loggers.WandbLogger": {"save_dir": "PLACE", "host": "http://localhost:9"},
     "lightning.pytorch.loggers.MLFlowLogger": {"tracking_uri": "http://localhost:9"},
-    "harness.loggers.MetricsFile": {"path": "PLACE/metrics.csv"},
+    "mneme.harness.loggers.MetricsFile": {"path": "PLACE/metrics.csv"},
     "lightning.pytorch.profilers.SimpleProfiler": {"dirpath": "PLACE", "filename": "x"},
     "lightning.pytorch.callbacks.ModelCheckpoint": {"dirpath": "PLACE"},
     "lightning.pytorch.strategies.DeepSpeedStrategy": {"nvme_path": "PLACE"},
@@ -219,5 +219,5 @@ def test_a_profiler_of_lightning_is_refused(profiler):
 
 def test_dashboards_of_this_project_can_be_named():
     for name in ("Wandb", "TensorBoard"):
-        build({"_target_": f"harness.loggers.{name}"})
+        build({"_target_": f"mneme.harness.loggers.{name}"})
     check_config(compose_checked([*TINY, "logger=tensorboard"]).config)

@@ -9,22 +9,22 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from harness import eval_command
-from harness.build import build
-from harness.check import ConfigError
-from harness.checkpoints import read_checkpoint
-from harness.compose import compose_checked
-from harness.eval_command import evaluate_command
-from harness.evaluation import FitError, restore_model
-from harness.jobs import start_run
-from harness.loggers import read_metrics
-from harness.run_directory import RunError
-from harness.usage_page import HEIGHT, LEFT, TOP, WIDTH, write_usage
-from layers import ProductKeyMemory, Usage, UsageMeter, metering, with_shared_tables
-from models import LanguageModel, SequenceModule
-from models.schedules import Constant
-from tasks.batch import Batch, BatchSet, deal
-from tasks.metrics import RecallMetrics
+from mneme.harness import eval_command
+from mneme.harness.build import build
+from mneme.harness.check import ConfigError
+from mneme.harness.checkpoints import read_checkpoint
+from mneme.harness.compose import compose_checked
+from mneme.harness.eval_command import evaluate_command
+from mneme.harness.evaluation import FitError, restore_model
+from mneme.harness.jobs import start_run
+from mneme.harness.loggers import read_metrics
+from mneme.harness.run_directory import RunError
+from mneme.harness.usage_page import HEIGHT, LEFT, TOP, WIDTH, write_usage
+from mneme.layers import ProductKeyMemory, Usage, UsageMeter, metering, with_shared_tables
+from mneme.models import LanguageModel, SequenceModule
+from mneme.models.schedules import Constant
+from mneme.tasks.batch import Batch, BatchSet, deal
+from mneme.tasks.metrics import RecallMetrics
 from tests.harness.conftest import TINY
 
 TABLES = ["ffn=memory_plus", "ffn.sub_keys=4", "ffn.heads=2", "ffn.top_k=3"]

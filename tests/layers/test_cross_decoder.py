@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from layers import (
+from mneme.layers import (
     MLP,
     CrossDecoder,
     GatedDeltaNet,
@@ -19,9 +19,9 @@ from layers import (
     TestTimeMemory,
     state_tensors,
 )
-from layers.rotary import rotate
-from models import LanguageModel, budget
-from ops.gated_delta import gated_delta_naive
+from mneme.layers.rotary import rotate
+from mneme.models import LanguageModel, budget
+from mneme.ops.gated_delta import gated_delta_naive
 from tests.helpers import assert_close, assert_states_close, run_in_pieces
 
 WIDTH, LENGTH = 16, 9

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from layers import DiscreteKeyValueBottleneck, TableOptions, metering
-from layers import discrete_bottleneck as module
+from mneme.layers import DiscreteKeyValueBottleneck, TableOptions, metering
+from mneme.layers import discrete_bottleneck as module
 from tests.helpers import assert_close
 
 D = 12

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from layers import GatedConvolution
+from mneme.layers import GatedConvolution
 from tests.helpers import assert_close, example_input
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from layers import GatedDeltaNet
-from layers.decay_gates import STEP_RANGE
-from layers.gated_delta_net import RATES
-from ops.gated_delta import gated_delta_naive
+from mneme.layers import GatedDeltaNet
+from mneme.layers.decay_gates import STEP_RANGE
+from mneme.layers.gated_delta_net import RATES
+from mneme.ops.gated_delta import gated_delta_naive
 from tests.helpers import assert_close
 
 

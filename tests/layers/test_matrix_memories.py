@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from layers import (
+from mneme.layers import (
     LAYERS,
     DeltaNet,
     GatedLinearAttention,
@@ -17,13 +17,13 @@ from layers import (
     MixtureOfMemories,
     state_tensors,
 )
-from layers.decay_gates import STEP_RANGE
-from layers.feature_maps import elu_map, taylor_map, taylor_size
-from layers.retention import Retention
-from layers.rotary import rotate
-from ops.delta import delta_naive
-from ops.diagonal_decay import diagonal_decay_naive
-from ops.scalar_decay import scalar_decay_naive
+from mneme.layers.decay_gates import STEP_RANGE
+from mneme.layers.feature_maps import elu_map, taylor_map, taylor_size
+from mneme.layers.retention import Retention
+from mneme.layers.rotary import rotate
+from mneme.ops.delta import delta_naive
+from mneme.ops.diagonal_decay import diagonal_decay_naive
+from mneme.ops.scalar_decay import scalar_decay_naive
 from tests.helpers import (
     LAYER_EXAMPLES,
     assert_close,

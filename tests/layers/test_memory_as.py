@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from layers import (
+from mneme.layers import (
     MLP,
     GatedDeltaNet,
     Memory,
@@ -18,8 +18,8 @@ from layers import (
     select_state,
     state_tensors,
 )
-from layers.rotary import rotate
-from models import LanguageModel, budget
+from mneme.layers.rotary import rotate
+from mneme.models import LanguageModel, budget
 from tests.helpers import assert_close, assert_states_close, run_in_pieces
 
 WIDTH, LENGTH, SEGMENT = 16, 12, 5

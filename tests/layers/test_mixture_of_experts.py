@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from layers import (
+from mneme.layers import (
     LAYERS,
     BlockFFN,
     ChunkMixtureOfExperts,
@@ -16,8 +16,8 @@ from layers import (
     SwiGLU,
     recording,
 )
-from models.language_model import LanguageModel
-from ops.routing import route
+from mneme.models.language_model import LanguageModel
+from mneme.ops.routing import route
 from tests.helpers import assert_close, assert_order_of_tokens_means_nothing, mean_square
 
 D = 16

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from layers import (
+from mneme.layers import (
     LAYERS,
     GatedDeltaNet,
     MatrixMemory,
@@ -16,8 +16,8 @@ from layers import (
     recording,
     state_tensors,
 )
-from ops.gated_delta import gated_delta_naive
-from ops.routing import route
+from mneme.ops.gated_delta import gated_delta_naive
+from mneme.ops.routing import route
 from tests.helpers import assert_close, assert_states_close, run_in_pieces
 
 D, HEADS = 16, 2

@@ -5,14 +5,14 @@ from functools import partial
 import pytest
 import torch
 
-from layers import (
+from mneme.layers import (
     GatedDeltaNet,
     Mamba2,
     MixtureOfMemories,
     RopeScaling,
     SoftmaxAttention,
 )
-from layers.cross_decoder import CrossAttention
+from mneme.layers.cross_decoder import CrossAttention
 from tests.helpers import assert_close, run_in_pieces
 
 WIDTH = 16

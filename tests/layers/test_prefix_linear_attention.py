@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from layers import PrefixLinearAttention
-from layers.feature_maps import elu_map, taylor_map
-from ops.linear_attention import linear_attention_naive
+from mneme.layers import PrefixLinearAttention
+from mneme.layers.feature_maps import elu_map, taylor_map
+from mneme.ops.linear_attention import linear_attention_naive
 from tests.helpers import assert_close, run_in_pieces
 
 PREFIX = 7

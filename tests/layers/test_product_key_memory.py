@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from layers import MLP, PEER, ProductKeyMemory, TableOptions
+from mneme.layers import MLP, PEER, ProductKeyMemory, TableOptions
 from tests.helpers import assert_close, assert_parameter_gradients_are_right, mean_square
 
 ROOT = Path(__file__).parents[2]
@@ -241,7 +241,7 @@ def test_rows_are_the_same_every_time(query_norm):
 COMPILED = """
 import torch
 from torch._dynamo.utils import counters
-from layers import ProductKeyMemory
+from mneme.layers import ProductKeyMemory
 
 keys = ProductKeyMemory(16, heads=2, top_k=3, sub_keys=4).keys
 compiled = torch.compile(keys, backend="eager", dynamic=True, fullgraph=True)

@@ -5,8 +5,8 @@ from typing import Literal
 import pytest
 import torch
 
-from layers import GatedDeltaNet, SwiGLU, is_loss, load_state, save_state, state_tensors
-from layers.protocol import Layer, join_aux, require_choice
+from mneme.layers import GatedDeltaNet, SwiGLU, is_loss, load_state, save_state, state_tensors
+from mneme.layers.protocol import Layer, join_aux, require_choice
 
 
 def test_a_state_of_another_layer_is_refused(tmp_path):

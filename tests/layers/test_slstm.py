@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from layers import SLSTM
-from layers.slstm import FORGET_BIAS
-from models.parameter_groups import parameter_groups
-from ops.lstm import lstm_naive
-from ops.slstm import slstm_naive
+from mneme.layers import SLSTM
+from mneme.layers.slstm import FORGET_BIAS
+from mneme.models.parameter_groups import parameter_groups
+from mneme.ops.lstm import lstm_naive
+from mneme.ops.slstm import slstm_naive
 from tests.helpers import assert_close, assert_states_close
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from layers import SoftmaxAttention
-from layers.rotary import rotate
+from mneme.layers import SoftmaxAttention
+from mneme.layers.rotary import rotate
 from tests.helpers import assert_close
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from layers import S4D, LongConv, Mamba, SavingLayer
-from layers.decay_gates import STEP_RANGE
-from layers.long_conv import KERNEL_STD
-from layers.s4d import first_rates
-from models.parameter_groups import parameter_groups
-from ops.diagonal_state_space import diagonal_state_space_naive
-from ops.long_convolution import long_convolution_naive
-from ops.selective_scan import selective_scan_naive
+from mneme.layers import S4D, LongConv, Mamba, SavingLayer
+from mneme.layers.decay_gates import STEP_RANGE
+from mneme.layers.long_conv import KERNEL_STD
+from mneme.layers.s4d import first_rates
+from mneme.models.parameter_groups import parameter_groups
+from mneme.ops.diagonal_state_space import diagonal_state_space_naive
+from mneme.ops.long_convolution import long_convolution_naive
+from mneme.ops.selective_scan import selective_scan_naive
 from tests.helpers import assert_close, assert_states_close
 
 

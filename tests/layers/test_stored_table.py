@@ -7,11 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from layers import PEER, ProductKeyMemory, TableOptions, UltraMem
-from layers.quantised_rows import BLOCK_ROWS, Layout, TableFileError, decode, encode, write_table
-from layers.stored_table import Reads, StoredTable, replace_tables, store_tables
-from layers.table import Table
-from models import LanguageModel
+from mneme.layers import PEER, ProductKeyMemory, TableOptions, UltraMem
+from mneme.layers.quantised_rows import (
+    BLOCK_ROWS,
+    Layout,
+    TableFileError,
+    decode,
+    encode,
+    write_table,
+)
+from mneme.layers.stored_table import Reads, StoredTable, replace_tables, store_tables
+from mneme.layers.table import Table
+from mneme.models import LanguageModel
 
 BITS = pytest.mark.parametrize("bits", [8, 4])
 DENSE = TableOptions(update="dense")
@@ -121,7 +128,7 @@ def test_any_number_of_axes_and_no_tokens(file):
 
 
 def test_a_call_of_many_rows_is_answered_part_by_part(file, monkeypatch):
-    monkeypatch.setattr("layers.stored_table._LARGEST", 60)  # numbers of 12 rows
+    monkeypatch.setattr("mneme.layers.stored_table._LARGEST", 60)  # numbers of 12 rows
     stored, table = StoredTable(file, cache_bytes=0), table_of(decoded(normal(50, 5), 4))
     parts, decoding = [], stored._decoded
     monkeypatch.setattr(stored, "_decoded", lambda rows: parts.append(len(rows)) or decoding(rows))

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from layers import LAYERS, MLP, ProductKeyMemory, TableOptions, bind_shared_tables
-from layers.table import Table, make_table
-from models import LanguageModel, budget, make_optimizer
+from mneme.layers import LAYERS, MLP, ProductKeyMemory, TableOptions, bind_shared_tables
+from mneme.layers.table import Table, make_table
+from mneme.models import LanguageModel, budget, make_optimizer
 from tests.helpers import assert_close, assert_order_of_tokens_means_nothing
 
 SHARED = TableOptions(share="facts", update="dense")

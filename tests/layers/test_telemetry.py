@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from layers import MemoryAsGate, TestTimeMemory, observe, observing, recording
-from models import LanguageModel
+from mneme.layers import MemoryAsGate, TestTimeMemory, observe, observing, recording
+from mneme.models import LanguageModel
 
 CUTS = (1, 16, 5, 26)  # within chunks of 16 and at their ends
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from harness.build import build
-from harness.compose import CONFIG_DIR, compose_checked
-from layers import Features, Forgetting, Learner, TestTimeMemory, recording, state_tensors
-from layers.test_time_parts import PolynomialFeatures
-from ops.test_time import MLP, Matrix, Slots, UnitSlots
+from mneme.harness.build import build
+from mneme.harness.compose import CONFIG_DIR, compose_checked
+from mneme.layers import Features, Forgetting, Learner, TestTimeMemory, recording, state_tensors
+from mneme.layers.test_time_parts import PolynomialFeatures
+from mneme.ops.test_time import MLP, Matrix, Slots, UnitSlots
 from tests.helpers import assert_close, run_in_pieces
 
 CONFIGS = (

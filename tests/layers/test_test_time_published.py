@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from harness.build import build
-from harness.compose import compose_checked
-from ops.test_time import newton_schulz
+from mneme.harness.build import build
+from mneme.harness.compose import compose_checked
+from mneme.ops.test_time import newton_schulz
 from tests.helpers import assert_close
 
 SCHEDULE = (

@@ -4,10 +4,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from layers import SwiGLU, TableOptions, TuckerScores, UltraMem, UltraMemV2, bind_shared_tables
-from layers.ultra_mem import QUERY_PER_RANK, matched_std
-from layers.ultra_mem_keys import TuckerKeys, VirtualSlots, unevenness
-from ops.tucker import Leading, leading_vectors
+from mneme.layers import (
+    SwiGLU,
+    TableOptions,
+    TuckerScores,
+    UltraMem,
+    UltraMemV2,
+    bind_shared_tables,
+)
+from mneme.layers.ultra_mem import QUERY_PER_RANK, matched_std
+from mneme.layers.ultra_mem_keys import TuckerKeys, VirtualSlots, unevenness
+from mneme.ops.tucker import Leading, leading_vectors
 from tests.helpers import assert_parameter_gradients_are_right
 
 DENSE = TableOptions(update="dense")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from layers import (
+from mneme.layers import (
     PEER,
     ProductKeyMemory,
     TableOptions,
@@ -20,7 +20,7 @@ from layers import (
     reads_tables,
     with_shared_tables,
 )
-from models import LanguageModel
+from mneme.models import LanguageModel
 from tests.helpers import LAYER_EXAMPLES, example_input, example_layer
 
 SHARED = TableOptions(update="dense", share="facts")

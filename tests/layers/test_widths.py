@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 
-from layers import LAYERS
-from ops.sizes import scaled_width
-from ops.test_time import MLP, SwiGLU
+from mneme.layers import LAYERS
+from mneme.ops.sizes import scaled_width
+from mneme.ops.test_time import MLP, SwiGLU
 
 D = 22  # 25 / 11 * 11 is rounded up and 15 / 11 * 11 down, and so are their doubles
 WIDTHS = range(12, 60)

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from layers import (
+from mneme.layers import (
     MLP,
     PEER,
     DiscreteKeyValueBottleneck,
@@ -16,7 +16,7 @@ from layers import (
     SoftmaxAttention,
     UltraMemV2,
 )
-from models import LanguageModel, budget
+from mneme.models import LanguageModel, budget
 
 D = 16
 

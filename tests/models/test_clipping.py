@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from layers import Policy
-from models.clipping import MAIN, clip_by_groups
-from models.diagnosis import nonfinite_gradients
+from mneme.layers import Policy
+from mneme.models.clipping import MAIN, clip_by_groups
+from mneme.models.diagnosis import nonfinite_gradients
 
 
 class Table(nn.Module):

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from layers import DeltaNet
-from models.diagnosis import first_nonfinite
+from mneme.layers import DeltaNet
+from mneme.models.diagnosis import first_nonfinite
 
 
 class _Reader(nn.Module):

@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from layers import GatedDeltaNet, SoftmaxAttention
-from models import LanguageModel, generate
-from models.generation import filter_logits
+from mneme.layers import GatedDeltaNet, SoftmaxAttention
+from mneme.models import LanguageModel, generate
+from mneme.models.generation import filter_logits
 
 
 @pytest.fixture(params=[GatedDeltaNet, SoftmaxAttention], ids=lambda c: c.__name__)

@@ -6,9 +6,9 @@ from typing import ClassVar
 import pytest
 import torch
 
-from layers import GatedDeltaNet, Layer, Output, Policy, Residual, SoftmaxAttention, SwiGLU
-from models import LanguageModel
-from models.parameter_groups import make_optimizer, parameter_groups
+from mneme.layers import GatedDeltaNet, Layer, Output, Policy, Residual, SoftmaxAttention, SwiGLU
+from mneme.models import LanguageModel
+from mneme.models.parameter_groups import make_optimizer, parameter_groups
 from tests.helpers import assert_close
 
 MIXER = partial(GatedDeltaNet, heads=2)

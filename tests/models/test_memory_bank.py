@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from layers import (
+from mneme.layers import (
     GENERIC,
     BankOptions,
     BankShape,
@@ -17,9 +17,9 @@ from layers import (
     SwiGLU,
     state_tensors,
 )
-from models import LanguageModel, budget, generate, make_optimizer
-from models.diagnosis import first_nonfinite
-from models.row_gradients import coalesced
+from mneme.models import LanguageModel, budget, generate, make_optimizer
+from mneme.models.diagnosis import first_nonfinite
+from mneme.models.row_gradients import coalesced
 from tests.helpers import assert_close
 
 D, V, T = 16, 11, 7

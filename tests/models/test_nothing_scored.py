@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.lightning_module import mean_loss
-from tasks.base import IGNORE, Batch
-from tasks.metrics import RecallMetrics, TextMetrics
+from mneme.models.lightning_module import mean_loss
+from mneme.tasks.base import IGNORE, Batch
+from mneme.tasks.metrics import RecallMetrics, TextMetrics
 
 NOTHING = [(0, 3), (2, 0), (0, 0)]
 

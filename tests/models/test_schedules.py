@@ -2,7 +2,7 @@
 
 import pytest
 
-from models import WSD, Constant, Cosine
+from mneme.models import WSD, Constant, Cosine
 
 
 @pytest.mark.parametrize("schedule", [Constant(0.1), Cosine(0.1), WSD(0.1)], ids=repr)

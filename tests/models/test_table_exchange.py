@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from layers import Policy
-from models import table_exchange
-from models.table_exchange import average_rows, leave_out_of_ddp
+from mneme.layers import Policy
+from mneme.models import table_exchange
+from mneme.models.table_exchange import average_rows, leave_out_of_ddp
 from tests.helpers import assert_close
 
 N, D, RANKS = 10, 3, 3

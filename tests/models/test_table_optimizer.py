@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from harness.checkpoints import Interrupted, read_checkpoint
-from harness.compose import compose_checked
-from harness.jobs import resume_run, start_run
-from harness.loggers import read_metrics
-from layers import Policy
-from models.parameter_groups import make_optimizer, parameter_groups, row_updated
-from models.row_gradients import coalesced, row_gradient
-from models.table_optimizer import WithTables
+from mneme.harness.checkpoints import Interrupted, read_checkpoint
+from mneme.harness.compose import compose_checked
+from mneme.harness.jobs import resume_run, start_run
+from mneme.harness.loggers import read_metrics
+from mneme.layers import Policy
+from mneme.models.parameter_groups import make_optimizer, parameter_groups, row_updated
+from mneme.models.row_gradients import coalesced, row_gradient
+from mneme.models.table_optimizer import WithTables
 from tests.harness.conftest import TINY
 from tests.helpers import assert_close
 
@@ -108,7 +108,7 @@ def test_rows_that_are_not_touched_keep_every_bit(update):
 def test_many_blocks_are_one_table(monkeypatch):
     nets = [Net(Policy(update="lazy")).double() for _ in range(2)]
     run(nets[0], make_optimizer(nets[0], ADAMW), SOME)
-    monkeypatch.setattr("models.table_optimizer._BLOCK_CPU", 1)
+    monkeypatch.setattr("mneme.models.table_optimizer._BLOCK_CPU", 1)
     run(nets[1], make_optimizer(nets[1], ADAMW), SOME)
     assert_close(nets[1].table.weight, nets[0].table.weight, "table", 1e-14)
 
@@ -406,7 +406,7 @@ def test_a_run_with_tables_resumes_as_if_it_had_never_stopped(tmp_path, monkeypa
             runs[name], _ = start_run(composed)
             continue
         with monkeypatch.context() as patch:
-            patch.setattr("harness.checkpoints.StopOnSignal.end_of_step", stop_at_the_third)
+            patch.setattr("mneme.harness.checkpoints.StopOnSignal.end_of_step", stop_at_the_third)
             with pytest.raises(Interrupted):
                 start_run(composed)
         runs[name] = type(runs["whole"])(tmp_path / name)

@@ -9,7 +9,7 @@ from torch.utils._pytree import (
     tree_map_with_path,
 )
 
-from ops import OPS, Op
+from mneme.ops import OPS, Op
 
 # Parametrisations with readable ids: every op, and every fast form of every op.
 EVERY_OP = list(OPS)

@@ -2,7 +2,7 @@
 
 import torch
 
-from ops import OPS
+from mneme.ops import OPS
 from tests.ops.calls import EVERY_FORM, gradients, ident, make, results
 from tests.ops.closeness import assert_close
 

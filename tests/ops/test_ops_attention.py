@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ops import OPS
-from ops.attention import attention
+from mneme.ops import OPS
+from mneme.ops.attention import attention
 from tests.ops.calls import make, results
 from tests.ops.closeness import assert_close
 

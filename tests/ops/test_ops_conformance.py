@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-import ops
-from ops import OPS
+from mneme import ops
+from mneme.ops import OPS
 from tests.ops.calls import (
     EMPTY_STARTS,
     EVERY_FORM,

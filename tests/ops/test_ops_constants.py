@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ops import OPS
-from ops.constants import kept
-from ops.gated_delta import gated_delta_chunk
+from mneme.ops import OPS
+from mneme.ops.constants import kept
+from mneme.ops.gated_delta import gated_delta_chunk
 from tests.ops.calls import make
 
 

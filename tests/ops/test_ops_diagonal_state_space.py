@@ -5,13 +5,13 @@ import inspect
 import pytest
 import torch
 
-from ops import OPS
-from ops.diagonal_state_space import (
+from mneme.ops import OPS
+from mneme.ops.diagonal_state_space import (
     diagonal_state_space,
     diagonal_state_space_chunk,
     diagonal_state_space_naive,
 )
-from ops.diagonal_state_space.hold import zero_order_hold
+from mneme.ops.diagonal_state_space.hold import zero_order_hold
 from tests.ops.calls import gradients, make, results
 from tests.ops.closeness import assert_close
 
@@ -45,8 +45,8 @@ def test_chunk_size_changes_nothing(chunk_size, regime):
 
 @pytest.mark.parametrize("channels", [1, 3, 7])
 def test_groups_of_channels_change_nothing(monkeypatch, channels):
-    monkeypatch.setattr("ops.diagonal_state_space.chunk._GROUP_NUMBERS", 1)
-    monkeypatch.setattr("ops.diagonal_state_space.chunk._LEAST_GROUP", channels)
+    monkeypatch.setattr("mneme.ops.diagonal_state_space.chunk._GROUP_NUMBERS", 1)
+    monkeypatch.setattr("mneme.ops.diagonal_state_space.chunk._LEAST_GROUP", channels)
     inputs = make(OP, 130)
     assert_close(results(diagonal_state_space_chunk, inputs), results(OP.naive, inputs), 1e-10)
     assert_close(gradients(diagonal_state_space_chunk, inputs), gradients(OP.naive, inputs), 1e-10)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ops.grouped_linear import grouped_linear
+from mneme.ops.grouped_linear import grouped_linear
 
 ROWS = [[3, 0, 5, 1], [0, 0, 9, 0], [4], [0, 0], [1] * 6]
 every_grouping = pytest.mark.parametrize("rows", ROWS, ids=lambda rows: "-".join(map(str, rows)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ops.innovation import best_so_far, innovation
+from mneme.ops.innovation import best_so_far, innovation
 from tests.helpers import assert_close
 
 

@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ops import OPS
-from ops.linear_attention import (
+from mneme.ops import OPS
+from mneme.ops.linear_attention import (
     linear_attention,
     linear_attention_chunk,
     linear_attention_naive,

@@ -5,8 +5,8 @@ import inspect
 import pytest
 import torch
 
-from ops import OPS
-from ops.long_convolution import (
+from mneme.ops import OPS
+from mneme.ops.long_convolution import (
     long_convolution,
     long_convolution_blocks,
     long_convolution_naive,
@@ -22,7 +22,7 @@ FORMS = [long_convolution_naive, long_convolution_blocks]
 def small_blocks(monkeypatch):
     """Several sizes of blocks in a sequence of a hundred tokens: 4, 8, 16, 32."""
     for name, value in {"_DIRECT": 4, "_PARTS": 2, "_MOST_BLOCKS": 4}.items():
-        monkeypatch.setattr(f"ops.long_convolution.blocks.{name}", value)
+        monkeypatch.setattr(f"mneme.ops.long_convolution.blocks.{name}", value)
 
 
 @pytest.mark.parametrize("taps", [1, 2, 9, 60, 130, 300])
@@ -62,8 +62,8 @@ def test_it_is_the_convolution_of_the_library(function):
 
 
 def test_groups_of_channels_change_nothing(monkeypatch):
-    monkeypatch.setattr("ops.long_convolution.blocks._GROUP_NUMBERS", 1)
-    monkeypatch.setattr("ops.long_convolution.blocks._LEAST_GROUP", 3)
+    monkeypatch.setattr("mneme.ops.long_convolution.blocks._GROUP_NUMBERS", 1)
+    monkeypatch.setattr("mneme.ops.long_convolution.blocks._LEAST_GROUP", 3)
     inputs = make(OP, 130)
     assert_close(results(long_convolution_blocks, inputs), results(OP.naive, inputs), 1e-12)
     assert_close(gradients(long_convolution_blocks, inputs), gradients(OP.naive, inputs), 1e-12)

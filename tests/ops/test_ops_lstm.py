@@ -5,8 +5,8 @@ import inspect
 import pytest
 import torch
 
-from ops import OPS
-from ops.lstm import lstm, lstm_naive, lstm_scan
+from mneme.ops import OPS
+from mneme.ops.lstm import lstm, lstm_naive, lstm_scan
 from tests.ops.calls import gradients, make, results
 from tests.ops.closeness import assert_close
 
@@ -64,7 +64,7 @@ RESULTS = {"lstm": ["y", "state.h", "state.c"], "slstm": ["y", *(f"state.{x}" fo
 
 @pytest.mark.parametrize(("name", "only"), [(name, x) for name in RESULTS for x in RESULTS[name]])
 def test_several_segments_carry_state_and_every_gradient(name, only, monkeypatch):
-    monkeypatch.setattr("ops.lstm.scan._SEGMENT_NUMBERS", 7 * 2 * 3 * 10)
+    monkeypatch.setattr("mneme.ops.lstm.scan._SEGMENT_NUMBERS", 7 * 2 * 3 * 10)
     op = OPS[name]
     inputs = make(op, 40)
     scan = op.forms["scan"]

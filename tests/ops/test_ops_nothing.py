@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ops import OPS
+from mneme.ops import OPS
 from tests.ops.calls import EMPTY_STARTS, EVERY_OP, ident, make
 
 FORMS = [

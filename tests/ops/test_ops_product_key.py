@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ops.product_key import (
+from mneme.ops.product_key import (
     candidate_ranks,
     largest,
     product_key_topk,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ops.routing import (
+from mneme.ops.routing import (
     balance_loss,
     group,
     grouped,

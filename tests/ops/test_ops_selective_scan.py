@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from ops import OPS
-from ops.selective_scan import selective_scan, selective_scan_chunk, selective_scan_naive
+from mneme.ops import OPS
+from mneme.ops.selective_scan import selective_scan, selective_scan_chunk, selective_scan_naive
 from tests.ops.calls import gradients, make, results
 from tests.ops.closeness import assert_close
 
@@ -38,7 +38,7 @@ def test_a_step_of_zero_leaves_the_states_alone(function):
 @pytest.mark.parametrize("tokens", [1, 3, 16, 200])
 def test_length_of_chunks_changes_nothing(monkeypatch, tokens):
     for bound in ("_LEAST_CHUNK", "_LARGEST_CHUNK"):
-        monkeypatch.setattr(f"ops.selective_scan.chunk.{bound}", tokens)
+        monkeypatch.setattr(f"mneme.ops.selective_scan.chunk.{bound}", tokens)
     inputs = make(OP, 50, regime="long_steps")
     assert_close(results(selective_scan_chunk, inputs), results(OP.naive, inputs), 1e-12)
     assert_close(gradients(selective_scan_chunk, inputs), gradients(OP.naive, inputs), 1e-12)

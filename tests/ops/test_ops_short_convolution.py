@@ -5,8 +5,8 @@ import inspect
 import pytest
 import torch
 
-from ops import OPS
-from ops.short_convolution import short_convolution
+from mneme.ops import OPS
+from mneme.ops.short_convolution import short_convolution
 from tests.ops.calls import make
 
 OP = OPS["short_convolution"]

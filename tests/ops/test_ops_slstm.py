@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ops import OPS
-from ops.slstm import SLSTMState, slstm_naive, slstm_scan
+from mneme.ops import OPS
+from mneme.ops.slstm import SLSTMState, slstm_naive, slstm_scan
 from tests.ops.calls import gradients, make, results
 from tests.ops.closeness import assert_close
 

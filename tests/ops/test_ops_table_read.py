@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ops.table_read import dot_rows, kernels, sum_rows, sum_rows_naive
+from mneme.ops.table_read import dot_rows, kernels, sum_rows, sum_rows_naive
 from tests.ops.closeness import relative_error
 
 READS = {"sum": sum_rows, "dot": dot_rows}

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from ops.gated_delta import gated_delta_naive
-from ops.test_time import (
+from mneme.ops.gated_delta import gated_delta_naive
+from mneme.ops.test_time import (
     MLP,
     OP,
     Boundary,
@@ -35,8 +35,8 @@ from ops.test_time import (
     newton_schulz,
     recall,
 )
-from ops.test_time.activations import ACTIVATIONS
-from ops.test_time.examples import REGIMES, Regime, inputs_of
+from mneme.ops.test_time.activations import ACTIVATIONS
+from mneme.ops.test_time.examples import REGIMES, Regime, inputs_of
 from tests.ops.calls import cut, make, replaced, results, tensors
 from tests.ops.closeness import assert_close
 

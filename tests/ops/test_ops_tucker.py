@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ops.product_key import product_key_topk
-from ops.tucker import Leading, leading_vectors, tail_penalty, tucker_topk
+from mneme.ops.product_key import product_key_topk
+from mneme.ops.tucker import Leading, leading_vectors, tail_penalty, tucker_topk
 
 
 def normal(*shape, seed=0):

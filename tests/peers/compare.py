@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from layers import Layer
+from mneme.layers import Layer
 from tests.helpers import assert_close
 
 Weights = dict[str, Tensor]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from mambapy.mamba import MambaBlock, MambaConfig
 
-from layers import Mamba
+from mneme.layers import Mamba
 from tests.peers.compare import assert_same, peer
 from tests.peers.mappings.mambapy import mamba_options, mamba_weights
 

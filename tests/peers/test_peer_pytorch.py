@@ -6,7 +6,7 @@ from PEER_pytorch import PEER as TheirPEER
 from torch import nn
 from torch.nn import functional as F
 
-from layers import PEER, TableOptions
+from mneme.layers import PEER, TableOptions
 from tests.peers.compare import assert_same, peer
 from tests.peers.mappings.peer_pytorch import peer_options, peer_weights
 

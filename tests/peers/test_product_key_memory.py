@@ -5,7 +5,7 @@ import torch
 from product_key_memory import PKM
 from torch.nn import functional as F
 
-from layers import ProductKeyMemory, TableOptions
+from mneme.layers import ProductKeyMemory, TableOptions
 from tests.peers.compare import assert_same, peer
 from tests.peers.mappings.product_key_memory import pkm_options, pkm_weights
 

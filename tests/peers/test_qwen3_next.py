@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
-from layers import GatedDeltaNet
+from mneme.layers import GatedDeltaNet
 from tests.peers.compare import assert_same, peer
 from tests.peers.mappings.qwen3_next import gated_delta_net_options, gated_delta_net_weights
 

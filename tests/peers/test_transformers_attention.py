@@ -7,7 +7,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralRotaryEmbedding
 
-from layers import SoftmaxAttention
+from mneme.layers import SoftmaxAttention
 from tests.peers.compare import InDouble, assert_same, peer
 from tests.peers.mappings.transformers_attention import attention_options, attention_weights
 

@@ -10,7 +10,7 @@ from transformers.models.mixtral.modeling_mixtral import (
 )
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
-from layers import MixtureOfExperts
+from mneme.layers import MixtureOfExperts
 from tests.helpers import assert_close
 from tests.peers.compare import InDouble, assert_same, peer
 from tests.peers.mappings.transformers_experts import experts_options, experts_weights

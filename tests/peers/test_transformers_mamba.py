@@ -8,7 +8,7 @@ from transformers import Mamba2Config, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-from layers import Mamba, Mamba2
+from mneme.layers import Mamba, Mamba2
 from tests.peers.compare import assert_same, peer
 from tests.peers.mappings.transformers_mamba import (
     mamba2_options,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from routers import HashedTfidf, Router
+from mneme.routers import HashedTfidf, Router
 
 TOPICS = {
     "sea": "harbour ship sail anchor captain tide wave cargo",

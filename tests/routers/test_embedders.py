@@ -5,7 +5,7 @@ import pytest
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
-from routers import HashedTfidf, RouterError
+from mneme.routers import HashedTfidf, RouterError
 from tests.routers.conftest import documents
 
 

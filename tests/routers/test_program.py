@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from harness.run_directory import RunError
-from routers import HashedTfidf, Router, report
+from mneme.harness.run_directory import RunError
+from mneme.routers import HashedTfidf, Router, report
 from scripts import route
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from routers import markdown, report
+from mneme.routers import markdown, report
 
 DOCUMENTS = np.array([0, 0, 1, 3])
 QUESTIONS = np.array([0, 1, 2, 3])

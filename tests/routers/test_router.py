@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from routers import Clustering, HashedTfidf, Router, RouterError, nodes, saved
+from mneme.routers import Clustering, HashedTfidf, Router, RouterError, nodes, saved
 from tests.routers.conftest import documents
 
 

@@ -7,8 +7,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from routers import Router, RouterError, SentenceTransformer
-from routers.sentences import cut
+from mneme.routers import Router, RouterError, SentenceTransformer
+from mneme.routers.sentences import cut
 
 
 class Pieces(dict):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from routers import Clustering, Tree, nodes
-from routers.kmeans import balance, balanced_kmeans
+from mneme.routers import Clustering, Tree, nodes
+from mneme.routers.kmeans import balance, balanced_kmeans
 
 UNBALANCED = Clustering(limit=1)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from layers.memory_bank import BankShape
-from models.bank import BankError, StoredBank, read_manifest
-from models.bank.layout import PAGE
-from models.bank.reading import Direct, Pread
+from mneme.layers.memory_bank import BankShape
+from mneme.models.bank import BankError, StoredBank, read_manifest
+from mneme.models.bank.layout import PAGE
+from mneme.models.bank.reading import Direct, Pread
 from scripts.benchmarks import bank, cold_reads, random_bank
 
 TINY = replace(

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from harness.cli import report_errors
-from harness.compose import compose_checked
-from harness.eval_command import evaluate_command
-from harness.jobs import start_run
-from harness.loggers import read_metrics
-from harness.run_directory import RunDirectory
-from models.diagnosis import NonFiniteError
+from mneme.harness.cli import report_errors
+from mneme.harness.compose import compose_checked
+from mneme.harness.eval_command import evaluate_command
+from mneme.harness.jobs import start_run
+from mneme.harness.loggers import read_metrics
+from mneme.harness.run_directory import RunDirectory
+from mneme.models.diagnosis import NonFiniteError
 from scripts.report import report
 from scripts.reporting.columns import number, together
 from scripts.reporting.entries import differing

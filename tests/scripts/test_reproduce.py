@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 import train
-from harness.check import ConfigError
-from harness.cli import report_errors
-from harness.compose import compose_checked
-from harness.loggers import read_metrics
-from harness.run_directory import RunDirectory
+from mneme.harness.check import ConfigError
+from mneme.harness.cli import report_errors
+from mneme.harness.compose import compose_checked
+from mneme.harness.loggers import read_metrics
+from mneme.harness.run_directory import RunDirectory
 from scripts.reproduce import main
 from scripts.reproducing import processes, reproduction
 from scripts.reproducing.grid import Grid, Job
@@ -155,7 +155,7 @@ def test_the_best_validation_on_the_first_seed_decides(made, best):
 def test_where_lower_is_better_the_lowest_decides(made, best):
     for lr in ("0.01", "0.03"):
         run = made.run("matrix", f"optimizer.lr={lr}_seed0")
-        run.write_config({**run.read_config(), "task": {"_target_": "tasks.Text"}})
+        run.write_config({**run.read_config(), "task": {"_target_": "mneme.tasks.Text"}})
         run.write_summary(monitor="bits_per_byte")
         run.metrics.write_text(f"step,val/bits_per_byte\n1,{1.5 if lr == best else 2.5}\n2,3.0\n")
     grid = Grid(read_reproduction("tiny"), made.path / "runs" / "tiny")

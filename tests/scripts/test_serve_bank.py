@@ -8,15 +8,15 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import Precision
 
-from harness.build import build
-from harness.checkpoints import checkpoint_config, read_checkpoint
-from harness.cli import report_errors
-from harness.evaluation import evaluate, restore_model
-from harness.run_directory import RunDirectory, RunError
-from harness.serving import answer, load
-from layers import GENERIC, BankShape
-from models import generate
-from models.bank import StoredBank
+from mneme.harness.build import build
+from mneme.harness.checkpoints import checkpoint_config, read_checkpoint
+from mneme.harness.cli import report_errors
+from mneme.harness.evaluation import evaluate, restore_model
+from mneme.harness.run_directory import RunDirectory, RunError
+from mneme.harness.serving import answer, load
+from mneme.layers import GENERIC, BankShape
+from mneme.models import generate
+from mneme.models.bank import StoredBank
 from scripts import delete_blocks, serve_bank
 from tests.harness.test_banks import BANK, train
 from tests.scripts.test_report import table

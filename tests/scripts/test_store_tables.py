@@ -5,14 +5,14 @@ import shutil
 import pytest
 import torch
 
-from harness.build import build
-from harness.checkpoints import checkpoint_config, read_checkpoint
-from harness.compose import compose_checked
-from harness.evaluation import restore_model
-from harness.jobs import start_run
-from harness.run_directory import RunDirectory, RunError
-from layers import replace_tables
-from layers.quantised_rows import BLOCK_ROWS, TableFile, TableFileError
+from mneme.harness.build import build
+from mneme.harness.checkpoints import checkpoint_config, read_checkpoint
+from mneme.harness.compose import compose_checked
+from mneme.harness.evaluation import restore_model
+from mneme.harness.jobs import start_run
+from mneme.harness.run_directory import RunDirectory, RunError
+from mneme.layers import replace_tables
+from mneme.layers.quantised_rows import BLOCK_ROWS, TableFile, TableFileError
 from scripts import store_tables
 from scripts.store_tables import MODEL, export, served_model
 from tests.harness.conftest import TINY

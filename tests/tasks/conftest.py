@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tasks import ByteTokenizer, LocalFiles, Text
+from mneme.tasks import ByteTokenizer, LocalFiles, Text
 
 WORDS = ["memory", "slot", "writes", "reads", "Größe", "naïve", "記憶", "\tx = 1", "()", "  "]
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tasks import ClassIncremental
-from tasks.streams import Labelled
+from mneme.tasks import ClassIncremental
+from mneme.tasks.streams import Labelled
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import LightningModule, Trainer
 
-from tasks import ZipfFacts
-from tasks.batch import IGNORE, Batch
-from tasks.facts import FactMetrics, Told, World, make_world, tell
-from tasks.facts.metrics import decades
-from tasks.facts.world import alphabet_for
+from mneme.tasks import ZipfFacts
+from mneme.tasks.batch import IGNORE, Batch
+from mneme.tasks.facts import FactMetrics, Told, World, make_world, tell
+from mneme.tasks.facts.metrics import decades
+from mneme.tasks.facts.world import alphabet_for
 
 
 def small(**options):

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks import MQAR, ForgettingMQAR
-from tasks.batch import IGNORE
-from tasks.recall import make_forgetting_mqar, make_mqar, solve_mqar
+from mneme.tasks import MQAR, ForgettingMQAR
+from mneme.tasks.batch import IGNORE
+from mneme.tasks.recall import make_forgetting_mqar, make_mqar, solve_mqar
 
 
 @st.composite

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks import MQAR
-from tasks.batch import IGNORE
-from tasks.recall import make_mqar, solve_mqar
-from tasks.recall.sampling import distinct, weighted
+from mneme.tasks import MQAR
+from mneme.tasks.batch import IGNORE
+from mneme.tasks.recall import make_mqar, solve_mqar
+from mneme.tasks.recall.sampling import distinct, weighted
 
 
 @st.composite

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks import Needle, RecallMixture
-from tasks.batch import IGNORE
-from tasks.recall import make_needle, solve_needle
-from tasks.recall.needle import MARKER
+from mneme.tasks import Needle, RecallMixture
+from mneme.tasks.batch import IGNORE
+from mneme.tasks.recall import make_needle, solve_needle
+from mneme.tasks.recall.needle import MARKER
 
 
 @st.composite

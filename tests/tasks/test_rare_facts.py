@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from routers import Router
-from tasks import LibraryOptions, RareFacts, RoutingOptions
-from tasks.batch import IGNORE, NO_ROUTE, Batch, BatchSet, cut, deal, unscored
-from tasks.facts import ArmMetrics, FactMetrics, Told, Words, topic_routes
-from tasks.facts.library import FIXED, GENERIC, QUESTION, RELATIONS, SENTENCES
+from mneme.routers import Router
+from mneme.tasks import LibraryOptions, RareFacts, RoutingOptions
+from mneme.tasks.batch import IGNORE, NO_ROUTE, Batch, BatchSet, cut, deal, unscored
+from mneme.tasks.facts import ArmMetrics, FactMetrics, Told, Words, topic_routes
+from mneme.tasks.facts.library import FIXED, GENERIC, QUESTION, RELATIONS, SENTENCES
 
 LIBRARY = {
     "topics": 4,

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from tasks import MQAR, ForgettingMQAR, Needle, RecallMixture
-from tasks.recall import solve_mqar, solve_needle
+from mneme.tasks import MQAR, ForgettingMQAR, Needle, RecallMixture
+from mneme.tasks.recall import solve_mqar, solve_needle
 
 
 def mqar(seq_len, pairs, **options):

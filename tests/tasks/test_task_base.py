@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from tasks import MQAR, ForgettingMQAR, Needle
-from tasks.base import STREAMS
-from tasks.batch import IGNORE, deal
+from mneme.tasks import MQAR, ForgettingMQAR, Needle
+from mneme.tasks.base import STREAMS
+from mneme.tasks.batch import IGNORE, deal
 
 
 def equal(left, right):

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from tasks.batch import IGNORE, Batch
-from tasks.metrics import ROWS, RecallMetrics, TextMetrics, doubling_edges
+from mneme.tasks.batch import IGNORE, Batch
+from mneme.tasks.metrics import ROWS, RecallMetrics, TextMetrics, doubling_edges
 
 
 def random_case(seed, batch=5, length=9, vocab=7):

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tasks import LocalFiles, StandardLibrary
-from tasks.text.corpus import Document, blocks, content_hash, split_documents
-from tasks.text.files import cache_root, replacing
+from mneme.tasks import LocalFiles, StandardLibrary
+from mneme.tasks.text.corpus import Document, blocks, content_hash, split_documents
+from mneme.tasks.text.files import cache_root, replacing
 
 
 def names(documents):
@@ -72,7 +72,7 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
 
 
 def test_blocks_join_to_the_file_and_end_with_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr("tasks.text.corpus.BLOCK_BYTES", 20)
+    monkeypatch.setattr("mneme.tasks.text.corpus.BLOCK_BYTES", 20)
     text = "\ufeffgrün\r\n\r\nzwei\rdrei 記憶\n" * 5 + "no end"
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
@@ -123,7 +123,7 @@ def test_small_corpora_fill_every_split(count):
 
 
 def test_a_corpus_whose_files_all_hash_low_still_trains(monkeypatch):
-    monkeypatch.setattr("tasks.text.corpus._place", lambda name: 0.01)
+    monkeypatch.setattr("mneme.tasks.text.corpus._place", lambda name: 0.01)
     splits = split_documents(many(6))
     assert [len(splits[split]) for split in ("train", "val", "test")] == [1, 1, 4]
 

@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 import torch
 
-from tasks import ByteTokenizer, LocalFiles, SentencePieceTokenizer, Text
+from mneme.tasks import ByteTokenizer, LocalFiles, SentencePieceTokenizer, Text
 
 LOSSLESS = {
     "normalization_rule_name": "identity",

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from tasks import LocalFiles
-from tasks.text.corpus import content_hash, split_documents
+from mneme.tasks import LocalFiles
+from mneme.tasks.text.corpus import content_hash, split_documents
 
 
 def names(documents):

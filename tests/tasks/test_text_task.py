@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from tasks import ByteTokenizer, LocalFiles, SentencePieceTokenizer, StandardLibrary, Text
-from tasks.batch import IGNORE
-from tasks.text.store import _checksum_of
+from mneme.tasks import ByteTokenizer, LocalFiles, SentencePieceTokenizer, StandardLibrary, Text
+from mneme.tasks.batch import IGNORE
+from mneme.tasks.text.store import _checksum_of
 
 
 @pytest.fixture(params=["bytes", "sentencepiece"])
@@ -116,7 +116,7 @@ def test_facts_can_be_written_as_json_and_identify_the_corpus(task):
 def test_a_prepared_store_is_used_again(make_text, tmp_path, monkeypatch):
     first = make_text().train_batch(0)
     before = {path: path.stat().st_mtime_ns for path in store_folder(tmp_path).iterdir()}
-    monkeypatch.setattr("tasks.text.store._write_store", None)  # preparing again would fail
+    monkeypatch.setattr("mneme.tasks.text.store._write_store", None)  # preparing again would fail
     assert torch.equal(make_text().train_batch(0).inputs, first.inputs)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert sorted(path.name for path in before) == ["meta.json", "test.bin", "train.bin", "val.bin"]

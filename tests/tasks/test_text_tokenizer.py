@@ -4,7 +4,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tasks import ByteTokenizer, LocalFiles, SentencePieceTokenizer
+from mneme.tasks import ByteTokenizer, LocalFiles, SentencePieceTokenizer
 
 TEXT = """def keep(memory: dict[str, int]) -> None:
     for key, value in memory.items():
@@ -77,7 +77,7 @@ def test_pieces_are_longer_than_bytes(pieces):
 def test_a_vocabulary_is_learnt_once_and_loaded_after(documents, tmp_path, monkeypatch):
     learnt = SentencePieceTokenizer(vocab_size=512)
     learnt.prepare(documents, tmp_path)
-    monkeypatch.setattr("tasks.text.tokenizer.learn_model", None)  # learning again would fail
+    monkeypatch.setattr("mneme.tasks.text.tokenizer.learn_model", None)  # learning again would fail
     loaded = SentencePieceTokenizer(vocab_size=512)
     loaded.prepare(documents, tmp_path)
     assert loaded.fingerprint == learnt.fingerprint

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from layers.memory_bank import BankShape
-from models.bank import Manifest, write_bank
+from mneme.layers.memory_bank import BankShape
+from mneme.models.bank import Manifest, write_bank
 
 SHAPE = BankShape(places=2, branching=2, hidden=(3, 0, 2), width=5)
 NODES = [(level, node) for level in (0, 1, 3) for node in range(SHAPE.nodes(level))]

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from harness.run_directory import RunError
-from layers import BankOptions, MemoryBank
-from layers.memory_bank import GENERIC
-from models import make_optimizer
-from models.bank import BankError, anchor_hash
-from models.bank.attach import attach_bank
-from models.bank.attach_saved import attach_saved, attach_stored
-from routers import HashedTfidf, Router
+from mneme.harness.run_directory import RunError
+from mneme.layers import BankOptions, MemoryBank
+from mneme.layers.memory_bank import GENERIC
+from mneme.models import make_optimizer
+from mneme.models.bank import BankError, anchor_hash
+from mneme.models.bank.attach import attach_bank
+from mneme.models.bank.attach_saved import attach_saved, attach_stored
+from mneme.routers import HashedTfidf, Router
 from scripts import attach_bank as attach_bank_program
 from tests.helpers import assert_close
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.bank import (
+from mneme.models.bank import (
     BankError,
     delete_block,
     delete_blocks,
@@ -26,7 +26,7 @@ from models.bank import (
     verify_bank,
     write_bank,
 )
-from models.bank.journal import JOURNAL, Patch, apply_journal, locked, write_journal
+from mneme.models.bank.journal import JOURNAL, Patch, apply_journal, locked, write_journal
 from tests.models.bank.banks import NODES, SHAPE, block, contents, damage, finish, fork, save
 
 

@@ -12,8 +12,8 @@ import torch
 import xxhash
 from torch import nn
 
-from layers.memory_bank import BankShape
-from models.bank import (
+from mneme.layers.memory_bank import BankShape
+from mneme.models.bank import (
     BankError,
     LevelFile,
     anchor_hash,
@@ -24,7 +24,7 @@ from models.bank import (
     verify_bank,
     write_bank,
 )
-from models.bank.journal import locked
+from mneme.models.bank.journal import locked
 from tests.models.bank.banks import NODES, SHAPE, block, contents, damage, finish, fork, save
 
 HASH, OTHER = "a1" * 32, "b2" * 32
@@ -341,7 +341,7 @@ def test_versions_to_come_are_refused(bank, monkeypatch):
     with pytest.raises(BankError, match=r"manifest\.json has version 2 of the format; .* reads 1"):
         read_manifest(bank)
     path.write_text(original)
-    monkeypatch.setattr("models.bank.level_file.VERSION", 3)
+    monkeypatch.setattr("mneme.models.bank.level_file.VERSION", 3)
     with pytest.raises(BankError, match=r"level3-1\.bank has version 1 of the format; .* reads 3"):
         LevelFile(first_file(bank))
 

@@ -8,8 +8,8 @@ from itertools import count
 
 import torch
 
-from models.bank import export_blocks, read_manifest, replace_blocks, verify_bank, write_bank
-from models.bank.journal import JOURNAL
+from mneme.models.bank import export_blocks, read_manifest, replace_blocks, verify_bank, write_bank
+from mneme.models.bank.journal import JOURNAL
 from tests.models.bank.banks import NODES, SHAPE, contents, finish, fork
 
 EDITED = [(1, 0), (3, 5)]

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from layers import HierarchicalFFN, SoftmaxAttention
-from layers.memory_bank import GENERIC, BankOptions, BankShape, MemoryBank
-from models import LanguageModel
-from models.bank import (
+from mneme.layers import HierarchicalFFN, SoftmaxAttention
+from mneme.layers.memory_bank import GENERIC, BankOptions, BankShape, MemoryBank
+from mneme.models import LanguageModel
+from mneme.models.bank import (
     BankError,
     StoredBank,
     Tier,
@@ -27,12 +27,12 @@ from models.bank import (
     tier_table,
     write_bank,
 )
-from models.bank import reading as reading_module
-from models.bank import stored as stored_module
-from models.bank.buffers import Buffers
-from models.bank.cache import RecordCache
-from models.bank.layout import PAGE, LevelLayout
-from models.bank.reading import WAYS, Mapped, Pread, evict, fastest
+from mneme.models.bank import reading as reading_module
+from mneme.models.bank import stored as stored_module
+from mneme.models.bank.buffers import Buffers
+from mneme.models.bank.cache import RecordCache
+from mneme.models.bank.layout import PAGE, LevelLayout
+from mneme.models.bank.reading import WAYS, Mapped, Pread, evict, fastest
 
 SHAPE = BankShape(places=2, branching=3, hidden=(3, 0, 2), width=6 * 170)  # records end in a page
 STRIDES = {1: 6 * PAGE, 3: 4 * PAGE}  # 24,480 and 16,320 bytes in float32
@@ -346,7 +346,7 @@ def test_threads_may_share_a_cache():
 @pytest.fixture
 def pieces(monkeypatch):
     """Blocks are read in pieces of a page."""
-    monkeypatch.setattr("models.bank.task.PIECE", PAGE)
+    monkeypatch.setattr("mneme.models.bank.task.PIECE", PAGE)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from tests.peers.mappings.requirements import require
 
 
 def mamba_options(config: Any) -> dict[str, Any]:
-    """Arguments of `layers.Mamba` from a `mambapy.mamba.MambaConfig`.
+    """Arguments of `mneme.layers.Mamba` from a `mambapy.mamba.MambaConfig`.
 
     Raises:
         ValueError: norms of the steps, B and C (Jamba), which ours has not.
@@ -25,7 +25,7 @@ def mamba_options(config: Any) -> dict[str, Any]:
 
 
 def mamba_weights(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """State dict of `layers.Mamba` from that of a `mambapy.mamba.MambaBlock`."""
+    """State dict of `mneme.layers.Mamba` from that of a `mambapy.mamba.MambaBlock`."""
     weights = {
         "in_proj.weight": state["in_proj.weight"],
         "conv.weight": state["conv1d.weight"][:, 0],

@@ -1,4 +1,4 @@
-"""`PEER_pytorch.PEER` as `layers.PEER`."""
+"""`PEER_pytorch.PEER` as `mneme.layers.PEER`."""
 
 import math
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ def peer_options(
     pre_rmsnorm: bool = False,
     non_competing_scores: bool = True,
 ) -> dict[str, Any]:
-    """Arguments of `layers.PEER(dim, ...)` from those of `PEER_pytorch.PEER(dim, ...)`.
+    """Arguments of `mneme.layers.PEER(dim, ...)` from those of `PEER_pytorch.PEER(dim, ...)`.
 
     By default it uses one expert a head, weighted by the relu of its score, whatever
     `num_experts_per_head` is. With `pre_rmsnorm`, our layer is to be given
@@ -54,7 +54,7 @@ def peer_options(
 
 
 def peer_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of `layers.PEER` from that of a `PEER_pytorch.PEER`."""
+    """State dict of `mneme.layers.PEER` from that of a `PEER_pytorch.PEER`."""
     heads = len(state["keys"])
     queries = rearrange(state["to_queries.0.weight"], "(p h d) i -> (h p d) i", p=2, h=heads)
     down = state["weight_down_embed.weight"]

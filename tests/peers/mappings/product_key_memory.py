@@ -1,4 +1,4 @@
-"""`product_key_memory.PKM` as `layers.ProductKeyMemory`."""
+"""`product_key_memory.PKM` as `mneme.layers.ProductKeyMemory`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +21,7 @@ def pkm_options(
     norm_output: bool = False,
     non_competitive_gates: bool = False,
 ) -> dict[str, Any]:
-    """Arguments of `layers.ProductKeyMemory(dim, ...)` from those of `PKM(dim, ...)`.
+    """Arguments of `mneme.layers.ProductKeyMemory(dim, ...)` from those of `PKM(dim, ...)`.
 
     With `pre_layernorm`, our layer is to be given `layer_norm(x)` without gain and bias, which
     `pkm_weights` folds into the queries.
@@ -46,7 +46,7 @@ def pkm_options(
 
 
 def pkm_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of `layers.ProductKeyMemory` from that of a `PKM`."""
+    """State dict of `mneme.layers.ProductKeyMemory` from that of a `PKM`."""
     heads = len(state["keys"])
     queries = rearrange(state["to_queries.weight"], "(p h d) i -> (h p d) i", p=2, h=heads)
     bias = queries.new_zeros(len(queries))

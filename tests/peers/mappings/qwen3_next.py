@@ -9,7 +9,7 @@ from tests.peers.mappings.requirements import require
 
 
 def gated_delta_net_options(config: Any) -> dict[str, Any]:
-    """Arguments of `layers.GatedDeltaNet` from a `transformers.Qwen3NextConfig`.
+    """Arguments of `mneme.layers.GatedDeltaNet` from a `transformers.Qwen3NextConfig`.
 
     Raises:
         ValueError: an activation other than SiLU.
@@ -26,7 +26,7 @@ def gated_delta_net_options(config: Any) -> dict[str, Any]:
 
 
 def gated_delta_net_weights(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """State dict of `layers.GatedDeltaNet` from that of a `Qwen3NextGatedDeltaNet`.
+    """State dict of `mneme.layers.GatedDeltaNet` from that of a `Qwen3NextGatedDeltaNet`.
 
     The peer's maps go by key head: q, k, then v and z of the value heads that read it; b and a of
     these. Ours go by kind, over all heads: q, k, v, a, b, and z is a map of its own.

@@ -1,4 +1,4 @@
-"""`titans_pytorch.NeuralMemory` as `layers.TestTimeMemory`.
+"""`titans_pytorch.NeuralMemory` as `mneme.layers.TestTimeMemory`.
 
 Two of its ways to cut a sequence are ours:
 
@@ -19,8 +19,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers import Features, Forgetting, Learner, Readout
-from ops.test_time import MLP
+from mneme.layers import Features, Forgetting, Learner, Readout
+from mneme.ops.test_time import MLP
 
 
 def neural_memory_options(
@@ -42,7 +42,7 @@ def neural_memory_options(
     default_model_kwargs: Mapping[str, Any] | None = None,
     residual_norm: bool = False,
 ) -> dict[str, Any]:
-    """Arguments of `layers.TestTimeMemory(dim, ...)` from those of `NeuralMemory(dim, ...)`.
+    """Arguments of `mneme.layers.TestTimeMemory(dim, ...)` from those of `NeuralMemory(dim, ...)`.
 
     With `pre_rmsnorm`, our layer is to be given `rms_norm(x)` without gain, which
     `neural_memory_weights` folds into what reads it. With `batch_size=None` all gradients are taken
@@ -112,7 +112,7 @@ def neural_memory_options(
 def neural_memory_weights(
     state: Mapping[str, Tensor], *, chunk_size: int = 1, residual_norm: bool = False
 ) -> dict[str, Tensor]:
-    """State dict of `layers.TestTimeMemory` from that of a `NeuralMemory`.
+    """State dict of `mneme.layers.TestTimeMemory` from that of a `NeuralMemory`.
 
     Args:
         state: of the other.

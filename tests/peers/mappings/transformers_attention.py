@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layers import RopeScaling
+from mneme.layers import RopeScaling
 
 
 def attention_options(config: Any) -> dict[str, Any]:
-    """Arguments of `layers.SoftmaxAttention` from a `LlamaConfig` or `MistralConfig`.
+    """Arguments of `mneme.layers.SoftmaxAttention` from a `LlamaConfig` or `MistralConfig`.
 
     Raises:
         ValueError: positions of another kind than default, linear and llama3.
@@ -26,7 +26,7 @@ def attention_options(config: Any) -> dict[str, Any]:
 
 
 def attention_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of `layers.SoftmaxAttention` from that of a `Llama-` or `MistralAttention`.
+    """State dict of `mneme.layers.SoftmaxAttention` from that of a `Llama-` or `MistralAttention`.
 
     Rotary pairs are halves of a head on both sides. Checkpoints in Meta's own format interleave
     them; transformers' conversion has already put them in halves.

@@ -1,4 +1,4 @@
-"""Sparse blocks of transformers (Mixtral, OLMoE) as `layers.MixtureOfExperts`."""
+"""Sparse blocks of transformers (Mixtral, OLMoE) as `mneme.layers.MixtureOfExperts`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def experts_options(config: Any) -> dict[str, Any]:
-    """Arguments of `layers.MixtureOfExperts(config.hidden_size, ...)`.
+    """Arguments of `mneme.layers.MixtureOfExperts(config.hidden_size, ...)`.
 
     Args:
         config: a `MixtralConfig`, whose router always renormalizes, or an `OlmoeConfig`.
@@ -30,7 +30,7 @@ def experts_options(config: Any) -> dict[str, Any]:
 
 
 def experts_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of `layers.MixtureOfExperts` from that of a `MixtralSparseMoeBlock`, or OLMoE's.
+    """State dict of `mneme.layers.MixtureOfExperts` from that of a `MixtralSparseMoeBlock`, or OLMoE's.
 
     The files that were released for Mixtral have a matrix for each expert, w1, w3 and w2 (gate,
     value, out), which transformers stacks as it loads them.

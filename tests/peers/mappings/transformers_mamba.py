@@ -12,7 +12,7 @@ _SAME = ("A_log", "D", "out_proj.weight")
 
 
 def mamba_options(config: Any) -> dict[str, Any]:
-    """Arguments of `layers.Mamba` from a `transformers.MambaConfig`.
+    """Arguments of `mneme.layers.Mamba` from a `transformers.MambaConfig`.
 
     Raises:
         ValueError: an activation other than SiLU.
@@ -29,7 +29,7 @@ def mamba_options(config: Any) -> dict[str, Any]:
 
 
 def mamba_weights(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """State dict of `layers.Mamba` from that of a `MambaMixer`."""
+    """State dict of `mneme.layers.Mamba` from that of a `MambaMixer`."""
     weights = {name: state[name] for name in ("in_proj.weight", *_SAME)} | {
         "conv.weight": state["conv1d.weight"][:, 0],
         "select_proj.weight": state["x_proj.weight"],
@@ -44,7 +44,7 @@ def mamba_weights(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
 
 
 def mamba2_options(config: Any) -> dict[str, Any]:
-    """Arguments of `layers.Mamba2` from a `transformers.Mamba2Config`.
+    """Arguments of `mneme.layers.Mamba2` from a `transformers.Mamba2Config`.
 
     Raises:
         ValueError: an activation other than SiLU.
@@ -65,7 +65,7 @@ def mamba2_options(config: Any) -> dict[str, Any]:
 
 
 def mamba2_weights(state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """State dict of `layers.Mamba2` from that of a `Mamba2Mixer`.
+    """State dict of `mneme.layers.Mamba2` from that of a `Mamba2Mixer`.
 
     The peer's first map gives z, x, B, C and the steps; ours C, B, x and the steps, and z is a map
     of its own.

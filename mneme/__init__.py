@@ -1,0 +1,1 @@
+"""Memory-augmented sequence models behind one protocol."""
