@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
@@ -29,13 +29,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mneme.harness.check import Config, ConfigError
 from mneme.harness.run_directory import claim_by_time
-from mneme.harness.schema import check_config
+from mneme.harness.schema import check_config, check_options
 from mneme.harness.targets import suggest
 
 SWEEP_FLAGS = {"-m", "--multirun"}
 SHOW_FLAGS = {"-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info"}
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+Options = TypeVar("Options")  # of a program, a dataclass
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,27 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     if problems:
         raise ConfigError(problems)
     return {override.key_or_group: _plain(override.value()) for override in parsed}
+
+
+def program_options(
+    name: str, schema: type[Options], overrides: Sequence[str], **taken: object
+) -> Options:
+    """The options of a program that has no groups, as configs/<name>.yaml and its command say.
+
+    Args:
+        name: of the file.
+        schema: the dataclass that the options are checked against and become.
+        overrides: the command line.
+        **taken: options that were read already.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    file = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{name}.yaml"))
+    assert isinstance(file, dict)
+    values = {str(key): value for key, value in file.items()} | parse_overrides(overrides) | taken
+    check_options(values, schema)
+    return schema(**values)
 
 
 def checked(

@@ -22,7 +22,7 @@ from mneme.harness.checkpoints import (
     checkpoint_vocabulary,
     read_checkpoint,
 )
-from mneme.harness.compose import CONFIG_DIR, compose_group, parse_overrides
+from mneme.harness.compose import CONFIG_DIR, compose_group, parse_overrides, program_options
 from mneme.harness.console import EvalProgress, reference_line
 from mneme.harness.evaluation import (
     Evaluation,
@@ -36,7 +36,7 @@ from mneme.harness.model_rules import NO_TABLE, check_size
 from mneme.harness.precision import run_precision
 from mneme.harness.provenance import provenance
 from mneme.harness.run_directory import RunDirectory, RunError, find_run, finite
-from mneme.harness.schema import check_config, check_options
+from mneme.harness.schema import check_config
 from mneme.harness.signatures import signature_of
 from mneme.harness.targets import resolve_target
 from mneme.harness.telemetry import (
@@ -84,7 +84,7 @@ def evaluate_command(arguments: Sequence[str]) -> list[Evaluation]:
         FitError: the task does not fit the model, or the model has nothing to report.
     """
     own, task_overrides = _split(arguments)
-    asked = _options(own)
+    asked = program_options("eval", EvalOptions, own)
     run, file = find_run(asked.run)
     file = file or (run.best if asked.checkpoint == "best" else run.last)
     checkpoint = read_checkpoint(file)
@@ -151,15 +151,6 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Overrides of eval.py itself, and those of the task."""
     of_task = [a for a in arguments if a.split("=")[0].split(".")[0].lstrip("+") == "task"]
     return [a for a in arguments if a not in of_task], of_task
-
-
-def _options(overrides: Sequence[str]) -> EvalOptions:
-    config = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "eval.yaml"))
-    assert isinstance(config, dict)
-    values = {str(key): value for key, value in config.items()}
-    values |= parse_overrides(overrides)
-    check_options(values, EvalOptions)
-    return EvalOptions(**values)
 
 
 def _task_config(config: Config, overrides: Sequence[str]) -> Config:

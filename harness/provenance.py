@@ -31,7 +31,12 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of this project, with `+changes` where the tree differs; `unknown` without git."""
+    """The commit of this project, with `+changes` where the tree differs; `unknown` without git.
+
+    An installed package is no checkout, whatever repository its environment may lie in.
+    """
+    if not (ROOT / ".git").exists():
+        return "unknown"
     try:
         head = _git("rev-parse", "HEAD")
         return f"{head}+changes" if _git("status", "--porcelain") else head

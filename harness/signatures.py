@@ -112,10 +112,11 @@ def element_of(hint: Any) -> Any:
 
 
 def public_name(cls: type) -> str:
-    """The dotted name of a class, from its package where that exports it."""
-    package = cls.__module__.partition(".")[0]
-    exported = getattr(importlib.import_module(package), cls.__name__, None) is cls
-    return f"{package if exported else cls.__module__}.{cls.__name__}"
+    """The dotted name of a class, from the outermost package that exports it."""
+    parts = cls.__module__.split(".")
+    packages = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+    exporting = (p for p in packages if vars(importlib.import_module(p)).get(cls.__name__) is cls)
+    return f"{next(exporting, cls.__module__)}.{cls.__name__}"
 
 
 def readable(hint: Any) -> str:

@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from typing import Any
 
 ALLOWED = (
-    "layers",
+    "mneme.layers",
     "mneme.ops.test_time",
-    "models",
-    "tasks",
+    "mneme.models",
+    "mneme.tasks",
     "mneme.harness.loggers.TensorBoard",
     "mneme.harness.loggers.Wandb",
     "torch.nn",
@@ -25,6 +25,7 @@ ALLOWED = (
     "lightning.pytorch.strategies.DDPStrategy",
     "lightning.pytorch.strategies.ddp.DDPStrategy",
 )
+_BEFORE_THE_NAME = ("layers.", "ops.", "models.", "tasks.", "harness.")  # how old runs say it
 
 
 class TargetError(ValueError):
@@ -35,11 +36,14 @@ def resolve_target(name: object) -> type:
     """The class that a `_target_` names.
 
     The class must be named and also be defined under an allowed package, so that no config and no
-    checkpoint can reach anything else through a module's imports.
+    checkpoint can reach anything else through a module's imports. Runs of before this project had
+    a name of its own say `layers.DeltaNet` for `mneme.layers.DeltaNet`, and are understood.
 
     Raises:
         TargetError: the name is outside the allow-list, or is not a class there.
     """
+    if isinstance(name, str) and name.startswith(_BEFORE_THE_NAME):
+        name = f"mneme.{name}"
     if not isinstance(name, str) or not _allowed(name):
         raise TargetError(
             f"{name!r} may not be built from a config; allowed are classes of {', '.join(ALLOWED)}"

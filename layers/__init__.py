@@ -3,6 +3,10 @@
 An import line here is what puts a layer on the map.
 """
 
+if __name__ != "mneme.layers":  # under two names, it would be two packages
+    raise ImportError("import mneme.layers, not layers")
+
+
 from mneme.layers.block_ffn import BlockFFN
 from mneme.layers.bmojo import BMojo
 from mneme.layers.chunk_mixture_of_experts import ChunkMixtureOfExperts, ChunkState

@@ -16,8 +16,8 @@ class RowOptions:
         update: what a step does. "lazy" is Adam for the rows that the step has read, "rowwise" is
             Adagrad for them with one accumulator a row; both leave other rows and their state
             alone, and gradients are sparse. A plain optimiser of torch, such as AdamW, refuses
-            sparse gradients: make it with `mneme.models.make_optimizer`, or take "dense", which gives the
-            rows to the model's optimiser like any parameter, with a dense gradient.
+            sparse gradients: make it with `mneme.models.make_optimizer`, or take "dense", which
+            gives the rows to the model's optimiser like any parameter, with a dense gradient.
         lr_multiplier: times the model's learning rate, before its schedule.
         weight_decay: of the rows that a step writes.
 

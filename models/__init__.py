@@ -1,5 +1,9 @@
 """Models: a residual stack of layers, its training module, and what they cost."""
 
+if __name__ != "mneme.models":  # under two names, it would be two packages
+    raise ImportError("import mneme.models, not models")
+
+
 from mneme.models.budget import Budget, budget
 from mneme.models.generation import generate
 from mneme.models.language_model import LanguageModel

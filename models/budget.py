@@ -91,8 +91,9 @@ def _product_flops(
     return 2 * prod(rows) * table[1]
 
 
-# Formulas by library call, from the shapes of its arguments: what reads in `mneme.ops.table_read`, and
-# sums of the copies of tokens in `mneme.ops.routing`, are on the meta device, one such call each.
+# Formulas by library call, from the shapes of its arguments: what reads in `mneme.ops.table_read`,
+# and sums of the copies of tokens in `mneme.ops.routing`, are on the meta device, one such call
+# each.
 _READS = {
     torch.ops.aten._embedding_bag: _bag_flops,
     torch.ops.aten._embedding_bag_forward_only: _bag_flops,

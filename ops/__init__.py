@@ -3,6 +3,10 @@
 `OPS` lists them all: being in it is being tested and timed.
 """
 
+if __name__ != "mneme.ops":  # under two names, it would be two packages
+    raise ImportError("import mneme.ops, not ops")
+
+
 from mneme.ops import (
     attention,
     delta,

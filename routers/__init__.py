@@ -4,6 +4,10 @@ A frozen embedder turns a text into a vector; a tree of centroids, made by balan
 the vector into a leaf id. This package imports nothing else of the project, and no torch.
 """
 
+if __name__ != "mneme.routers":  # under two names, it would be two packages
+    raise ImportError("import mneme.routers, not routers")
+
+
 from mneme.routers.embedders import Embedder, HashedTfidf
 from mneme.routers.errors import RouterError
 from mneme.routers.kmeans import Clustering

@@ -5,6 +5,10 @@ A stream of features is no `Task`: it has no tokens. This package knows nothing 
 or configuration.
 """
 
+if __name__ != "mneme.tasks":  # under two names, it would be two packages
+    raise ImportError("import mneme.tasks, not tasks")
+
+
 from mneme.tasks.base import Batch, Task
 from mneme.tasks.facts import LibraryOptions, RareFacts, RoutingOptions, ZipfFacts
 from mneme.tasks.recall import MQAR, ForgettingMQAR, Needle, RecallMixture

@@ -7,13 +7,14 @@ and test sets are the same in every epoch and in every run with that seed.
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset
 
 from mneme.tasks.batch import IGNORE, Batch, BatchSet, deal
@@ -27,6 +28,28 @@ Facts = dict[str, float | int | str]
 # The first half of a random stream's spawn key. Two keys that differ anywhere give independent
 # streams (numpy.random.SeedSequence), so no split can draw another split's examples by index.
 STREAMS = {"train": 0, "val": 1, "test": 2}
+
+
+class Codec(Protocol):
+    """From text to token ids and back: a tokenizer, or a list of words."""
+
+    @property
+    def end_of_document(self) -> int | None:
+        """The id that ends a document and stands for no text, if there is one."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the same text could be given other ids."""
+        ...
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """The ids of a text, `[T]`. Raises ValueError for what has none."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that ids stand for; U+FFFD for bytes that are no text together."""
+        ...
 
 
 class Task(LightningDataModule, ABC):
@@ -92,6 +115,16 @@ class Task(LightningDataModule, ABC):
 
     def keep_vocabulary(self, folder: Path) -> None:
         """Puts into a run's folder what other text needs to be given the same ids, if anything."""
+
+    def load_tokenizer(self, folder: Path) -> Codec | None:
+        """From text to ids and back, as `keep_vocabulary` left it in a run's folder.
+
+        None where tokens are symbols that stand for no text. Needs neither corpus nor cache.
+
+        Raises:
+            ValueError: it is missing or damaged.
+        """
+        return None
 
     @property
     def router(self) -> str | None:

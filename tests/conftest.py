@@ -7,7 +7,7 @@ from jaxtyping import install_import_hook
 import tests.typecheck  # noqa: F401  (the hook finds the checker by its dotted name)
 
 # Every annotated signature of these packages is checked at run time throughout the tests.
-install_import_hook(["ops", "layers", "models"], "tests.typecheck.check")
+install_import_hook(["mneme.ops", "mneme.layers", "mneme.models"], "tests.typecheck.check")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("configs", "harness", "layers", "models", "ops", "routers", "tasks", "tests")
-FILES = ("pyproject.toml", "train.py")
+PARTS = ("configs", "harness", "layers", "mneme", "models", "ops", "routers", "tasks", "tests")
+FILES = ("pyproject.toml", "train.py", "eval.py")
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +19,15 @@ def copy(tmp_path_factory):
     """The project with the toy layer of the page added, and nothing else changed."""
     path = tmp_path_factory.mktemp("copy")
     for part in PARTS:
-        shutil.copytree(ROOT / part, path / part, ignore=shutil.ignore_patterns("__pycache__"))
+        without = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / part, path / part, symlinks=True, ignore=without)
     for file in FILES:
         shutil.copy(ROOT / file, path / file)
     page = (ROOT / "docs" / "adding-a-layer.md").read_text()
     layer, line, config = re.findall(r"^```(?:python|yaml)\n(.*?)^```", page, re.M | re.S)
     (path / "layers" / "running_average.py").write_text(layer)
     (path / "configs" / "mixer" / "running_average.yaml").write_text(config)
-    registry, place = path / "layers" / "__init__.py", "from layers.s4d import"
+    registry, place = path / "layers" / "__init__.py", "from mneme.layers.s4d import"
     registry.write_text(registry.read_text().replace(place, line + place))
     return path
 
@@ -51,7 +52,9 @@ def test_the_conformance_tests_pick_the_layer_up(copy):
 def test_leaving_out_the_registry_line_is_a_failure(copy):
     registry = copy / "layers" / "__init__.py"
     whole = registry.read_text()
-    registry.write_text(whole.replace("from layers.running_average import RunningAverage\n", ""))
+    registry.write_text(
+        whole.replace("from mneme.layers.running_average import RunningAverage\n", "")
+    )
     try:
         done = run(
             copy, "-m", "pytest", "-q", "-p", "no:xdist", "tests/conformance/test_registry.py"

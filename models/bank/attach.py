@@ -37,8 +37,8 @@ class AttachedBank(nn.Module):
         y = down(act(gate x) * (up x)) + M3 (act(M1 x) * (M2 x))
 
     with the activation `act` of the model, called the anchor. M1, M2 and M3 are the blocks on the
-    way to the leaf of the sequence (`mneme.layers.hierarchical_ffn`). This is how arXiv 2510.02375 adds
-    knowledge to open weights. A new bank changes no logit, as its M3 are zero.
+    way to the leaf of the sequence (`mneme.layers.hierarchical_ffn`). This is how arXiv 2510.02375
+    adds knowledge to open weights. A new bank changes no logit, as its M3 are zero.
 
     The anchor keeps its class, its parameters and their names, and without a route it computes what
     it did before: blocks come in through hooks, for the calls below and inside of `routed`. What

@@ -1,8 +1,8 @@
 """Blocks that are deleted, replaced or taken out of a bank, and banks that are put together.
 
 An edit changes files in place, and a crash leaves all of its blocks changed or none (see
-`mneme.models.bank.journal`). Who has the bank open for reading must open it again after an edit. A bank
-that was opened before has the checksums of then, and takes a new block for a damaged one; a
+`mneme.models.bank.journal`). Who has the bank open for reading must open it again after an edit. A
+bank that was opened before has the checksums of then, and takes a new block for a damaged one; a
 `StoredBank` also goes on to give blocks that it has kept from before.
 
 A folder that cannot be written can be read, unless an edit of it was cut short. Then it must be

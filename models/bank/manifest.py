@@ -85,7 +85,7 @@ class Manifest:
 def read_manifest(
     folder: Path, *, router: str | None = None, anchor: str | None = None
 ) -> Manifest:
-    """What a bank holds. Completes an edit of it that a crash cut short (see `mneme.models.bank.edit`).
+    """What a bank holds. Completes an edit of it that a crash cut short (`mneme.models.bank.edit`).
 
     Args:
         folder: of the bank.

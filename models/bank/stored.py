@@ -35,8 +35,9 @@ class StoredBank(Bank):
 
     `to` moves and converts the results, as it does the generic block, which is always in memory.
 
-    An edit of the files (`mneme.models.bank.edit`) is not seen by a bank that is open: blocks that it
-    keeps are those from before, and others that were changed count as damaged. Open it again then.
+    An edit of the files (`mneme.models.bank.edit`) is not seen by a bank that is open: blocks that
+    it keeps are those from before, and others that were changed count as damaged. Open it again
+    then.
 
     Args:
         folder: what `write_bank` wrote.
@@ -44,8 +45,8 @@ class StoredBank(Bank):
         anchor: hash of the model that uses the blocks; None does not compare.
         cache_bytes: what is kept of all levels together, or of each level by its number; levels
             that are not named keep nothing. Default 256 MiB together.
-        read: how files are read, see `mneme.models.bank.reading`; "auto" measures for each file whether
-            "pread" or "direct" is faster.
+        read: how files are read, see `mneme.models.bank.reading`; "auto" measures for each file
+            whether "pread" or "direct" is faster.
         dtype: of results.
 
     Attributes:

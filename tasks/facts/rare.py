@@ -135,6 +135,10 @@ class RareFacts(FactTask):
         if self.router is not None:
             self.routing.router.save(folder / "router")
 
+    def load_tokenizer(self, folder: Path) -> Words:
+        """The words that a run kept."""
+        return Words.load(folder)
+
     @property
     def router(self) -> str | None:
         """The hash of the router, if training has its routes."""

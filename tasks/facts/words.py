@@ -57,6 +57,8 @@ class Words:
         ValueError: a word stands there twice, or is none.
     """
 
+    end_of_document: int | None = None  # texts of words have none
+
     def __init__(self, words: Sequence[str]) -> None:
         self.words = list(words)
         self.ids = {word: index for index, word in enumerate(self.words)}

@@ -131,6 +131,10 @@ class Text(Task):
         """Puts the tokenizer's model there, where it has one."""
         self.tokenizer.save(folder)
 
+    def load_tokenizer(self, folder: Path) -> Tokenizer:
+        """The tokenizer with the vocabulary that a run kept."""
+        return self.tokenizer.load(folder)
+
     def references(self, split: EvalSplit) -> dict[str, float]:
         """`monitor`, on the text that is scored, of unigram counts and of two compressors.
 

@@ -61,6 +61,14 @@ class Tokenizer(ABC):
     def save(self, folder: Path) -> None:  # noqa: B027
         """Writes what was learnt, if anything, so that other text can be given the same ids."""
 
+    def load(self, folder: Path) -> "Tokenizer":
+        """A tokenizer of these settings, with what `save` wrote to a folder.
+
+        Raises:
+            ValueError: it is not there, or no usable model.
+        """
+        return self
+
     @property
     @abstractmethod
     def fingerprint(self) -> str:
@@ -198,6 +206,13 @@ class SentencePieceTokenizer(Tokenizer):
         """Writes the model to `folder`, for `model_file`."""
         with replacing(folder / MODEL_FILE) as file:
             file.write(self._prepared().data)
+
+    def load(self, folder: Path) -> "SentencePieceTokenizer":
+        """The vocabulary in `folder`, or that of `model_file`, ready for use."""
+        file = None if self._given else str(folder / MODEL_FILE)
+        given = SentencePieceTokenizer(self.vocab_size, file, self.lossy) if file else self
+        given.prepare([], folder)
+        return given
 
     def _learnt(self, documents: Sequence[Document], folder: Path) -> SentencePieceModel:
         """The vocabulary in `folder`, if it is whole; else a new one, which is put there."""

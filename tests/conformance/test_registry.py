@@ -18,10 +18,9 @@ BASES = (Layer, MatrixMemory, Memory, RoutedLayer)
 
 def layer_classes():
     """Every public subclass of Layer that any module of the package defines."""
-    for module in pkgutil.iter_modules(layers.__path__):
-        members = vars(importlib.import_module(f"layers.{module.name}"))
-        for name, member in members.items():
-            own = inspect.isclass(member) and member.__module__ == f"layers.{module.name}"
+    for module in pkgutil.walk_packages(layers.__path__, "mneme.layers."):
+        for name, member in vars(importlib.import_module(module.name)).items():
+            own = inspect.isclass(member) and member.__module__ == module.name
             if own and issubclass(member, Layer) and member not in BASES and name[0] != "_":
                 yield member
 

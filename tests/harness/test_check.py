@@ -92,9 +92,9 @@ def test_mistakes_inside_lists_are_found():
         ("trainer.precision=16-mixed", "use bf16-mixed or 32-true"),
         (
             "mixer._target_=mneme.layers.Output",
-            "mixer._target_: expected a Layer, got layers.Output",
+            "mixer._target_: expected a Layer, got mneme.layers.Output",
         ),
-        ("model._target_=mneme.layers.MLP", "expected a LanguageModel, got layers.MLP"),
+        ("model._target_=mneme.layers.MLP", "expected a LanguageModel, got mneme.layers.MLP"),
         ("~model._target_", "model: expected a group with a _target_"),
         ("mixer=attention,sliding_window", "several values are for a sweep; add -m"),
         ("optimizer._target_=lightning.pytorch.cli.LightningCLI", "may not be built"),
@@ -116,7 +116,7 @@ def test_every_element_of_a_list_is_checked(place):
 
 def test_an_inner_node_of_another_kind_is_named():
     (found,) = problems_of("task=text", "task.tokenizer={_target_: mneme.layers.MLP}")
-    assert found == "task.tokenizer._target_: expected a Tokenizer, got layers.MLP"
+    assert found == "task.tokenizer._target_: expected a Tokenizer, got mneme.layers.MLP"
 
 
 def test_options_without_a_target_are_told_which_to_give():

@@ -154,7 +154,8 @@ def test_a_learnt_vocabulary_goes_with_the_run_to_other_text(tmp_path):
             (tmp_path / folder / f"{i}.txt").write_text(line.format(i) * 100)
 
     def source(folder: str) -> str:
-        return f"task.source={{_target_: mneme.tasks.LocalFiles, paths: ['{tmp_path / folder}/*.txt']}}"
+        paths = f"['{tmp_path / folder}/*.txt']"
+        return f"task.source={{_target_: mneme.tasks.LocalFiles, paths: {paths}}}"
 
     composed = compose_checked([
         "task=text_sentencepiece", source("a"), "task.tokenizer.vocab_size=512", "logger=csv",

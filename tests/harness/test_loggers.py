@@ -45,7 +45,7 @@ def test_a_new_run_starts_an_empty_file(tmp_path):
 
 
 def test_training_imports_no_dashboard(tmp_path):
-    code = "import sys, train, harness.training; print('wandb' in sys.modules)"
+    code = "import sys, train, mneme.harness.training; print('wandb' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -55,8 +55,22 @@ def test_a_class_reached_through_a_modules_imports_is_refused(name):
         resolve_target(name)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("layers.GatedDeltaNet", "mneme.layers.GatedDeltaNet"),
+        ("ops.test_time.MLP", "mneme.ops.test_time.MLP"),
+        ("tasks.text.corpus.LocalFiles", "mneme.tasks.LocalFiles"),
+    ],
+)
+def test_runs_of_before_the_name_are_understood(old, new):
+    assert resolve_target(old) is resolve_target(new)
+    with pytest.raises(TargetError, match="may not be built"):
+        resolve_target("routers.Router")
+
+
 def test_the_nearest_class_is_named():
-    with pytest.raises(TargetError, match=r"did you mean 'layers\.GatedDeltaNet'"):
+    with pytest.raises(TargetError, match=r"did you mean 'mneme\.layers\.GatedDeltaNet'"):
         resolve_target("mneme.layers.GatedDeltanet")
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import Precision
 
+import mneme
 from mneme.harness.build import build
 from mneme.harness.checkpoints import checkpoint_config, read_checkpoint
 from mneme.harness.cli import report_errors
@@ -57,6 +58,21 @@ def serve(run: RunDirectory, *options: str) -> None:
 
 
 # Serving
+
+
+def test_a_loaded_run_says_the_same(trained, asked):
+    served = load(trained, trained.last, trained.bank, cache_bytes=2**20, read="pread")
+    run, (prompts, leaves) = mneme.load(trained.path, checkpoint="last"), asked
+    for prompt, leaf in zip(prompts, leaves, strict=True):
+        given = answer(served, prompt, route=leaf, tokens=5, temperature=0)
+        assert run.generate(prompt, 5, temperature=0) == f" {given.text}"
+        given = answer(served, prompt, route=GENERIC, tokens=5, temperature=0)
+        assert run.generate(prompt, 5, temperature=0, route=GENERIC) == f" {given.text}"
+    with pytest.raises(RunError, match="did you mean"):
+        run.generate(prompts[0][:-1])
+    with pytest.raises(RunError, match="the bank has leaves 0 to 3"):
+        run.generate(prompts[0], route=4)
+    served.bank.close()
 
 
 def test_answers_are_those_of_the_model_in_memory(trained, asked):

@@ -30,7 +30,7 @@ def experts_options(config: Any) -> dict[str, Any]:
 
 
 def experts_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of `mneme.layers.MixtureOfExperts` from that of a `MixtralSparseMoeBlock`, or OLMoE's.
+    """State dict of `mneme.layers.MixtureOfExperts` from that of Mixtral's or OLMoE's block.
 
     The files that were released for Mixtral have a matrix for each expert, w1, w3 and w2 (gate,
     value, out), which transformers stacks as it loads them.
