@@ -23,26 +23,32 @@ from omegaconf import DictConfig
 
 from mneme.harness.cli import report_errors
 from mneme.harness.compose import check_sweep, checked, claim_sweep, compose_checked, job_choices
-from mneme.harness.jobs import resume_run, start_job, start_run
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def job(config: DictConfig) -> None:
     """One run of a sweep."""
+    from mneme.harness.jobs import start_job
+
     with report_errors():
         start_job(checked(config, job_choices()))
 
 
 def main(arguments: list[str]) -> None:
-    """Checks the whole command line, then trains."""
+    """Checks the whole command line, then imports what training takes, and trains."""
     resumed = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
     if resumed:
+        from mneme.harness.jobs import resume_run
+
         resume_run(resumed[-1], others=[a for a in arguments if not a.startswith("resume=")])
     elif any(a.startswith("-") for a in arguments):  # -m, --help, --cfg: Hydra's own business
         sys.argv[1:] = claim_sweep(check_sweep(arguments))
         job()
     else:
-        start_run(compose_checked(arguments))
+        composed = compose_checked(arguments)
+        from mneme.harness.jobs import start_run
+
+        start_run(composed)
 
 
 if __name__ == "__main__":

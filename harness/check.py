@@ -3,12 +3,12 @@
 import errno
 import inspect
 import math
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any, get_args
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from mneme.harness.signatures import (
@@ -60,20 +60,28 @@ def blaming(place: str, *also: type[Exception]) -> Iterator[None]:
         place: a group, or an option.
         also: errors that a library has for values besides.
     """
-    foreseen: tuple[type[Exception], ...] = (ValueError, ArithmeticError, *also)
-    foreseen += (MisconfigurationException,)
+    values: tuple[type[Exception], ...] = (ValueError, ArithmeticError, *also)
     try:
         yield
     except ConfigError:
         raise
     except OSError as error:
         raise ConfigError([f"{place}: {refused(error)}"]) from error
-    except foreseen as error:
+    except values + _of_lightning() as error:
         raise ConfigError([f"{place}: {error}"]) from error
     except RuntimeError as error:
         if not any(said in str(error) for said in _BEYOND_SIZES):
             raise
         raise ConfigError([f"{place}: no tensor has such sizes ({error})"]) from error
+
+
+def _of_lightning() -> tuple[type[Exception], ...]:
+    """What Lightning raises for values; nothing where it is not in use, as importing it is slow."""
+    if "lightning" not in sys.modules:
+        return ()
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    return (MisconfigurationException,)
 
 
 def refused(error: OSError) -> str:

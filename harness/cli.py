@@ -14,8 +14,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from mneme.harness.check import ConfigError, refused
-from mneme.harness.evaluation import FitError
-from mneme.harness.run_directory import RunError
+from mneme.harness.run_directory import RunError, TaskMismatchError
 from mneme.harness.signals import Interrupted, interruptible
 from mneme.layers.quantised_rows import TableFileError
 from mneme.models.bank import BankError
@@ -24,7 +23,7 @@ from mneme.routers import RouterError
 
 USER_ERRORS = (
     ConfigError,
-    FitError,
+    TaskMismatchError,
     RunError,
     BankError,
     RouterError,

@@ -4,7 +4,7 @@ Hydra alone stops at the first unknown key. Here unknown keys are let in, and th
 constructors (`mneme.harness.check`) then reports all of them with what was probably meant.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -27,15 +27,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mneme.harness.check import Config, ConfigError
-from mneme.harness.run_directory import claim_by_time
-from mneme.harness.schema import check_config, check_options
+from mneme.harness.check import MISSING, Config, ConfigError
+from mneme.harness.run_directory import claim_by_time, newest_run
+from mneme.harness.schema import GROUPS, check_config, check_options
 from mneme.harness.targets import suggest
 
 SWEEP_FLAGS = {"-m", "--multirun"}
 SHOW_FLAGS = {"-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info"}
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+_NOTHING = ("none", "null", "no", "off", "false", "0", "nothing")
 Options = TypeVar("Options")  # of a program, a dataclass
 
 
@@ -68,7 +69,10 @@ def compose_checked(overrides: Sequence[str]) -> Composed:
             known += [] if problem else [_lenient(override, loader)]
         try:
             composed = compose("train", overrides=known, return_hydra_config=True)
-            return checked(composed, composed.hydra.runtime.choices, problems)
+            named = {override.key_or_group.split(".")[0] for override in parsed}
+            return checked(
+                composed, composed.hydra.runtime.choices, problems, as_shipped=GROUPS.keys() - named
+            )
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError([*problems, _first_line(error)]) from error
 
@@ -109,12 +113,17 @@ def program_options(
     file = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{name}.yaml"))
     assert isinstance(file, dict)
     values = {str(key): value for key, value in file.items()} | parse_overrides(overrides) | taken
+    if values.get("run") == MISSING and (newest := newest_run()):
+        raise ConfigError([f"run: which one? The newest is run={newest}"])
     check_options(values, schema)
     return schema(**values)
 
 
 def checked(
-    config: DictConfig, choices: Mapping[str, Any], problems: Sequence[str] = ()
+    config: DictConfig,
+    choices: Mapping[str, Any],
+    problems: Sequence[str] = (),
+    as_shipped: Collection[str] = (),
 ) -> Composed:
     """Turns Hydra's config into a checked one.
 
@@ -122,6 +131,7 @@ def checked(
         config: as composed, with or without Hydra's own node.
         choices: group to chosen file, as Hydra records them.
         problems: what is already known to be wrong, to be reported with the rest.
+        as_shipped: groups in which the command line changes nothing, see `check_config`.
 
     Raises:
         ConfigError: with every problem found.
@@ -133,7 +143,7 @@ def checked(
         raise ConfigError([*problems, _first_line(error)]) from error
     found = list(problems)
     try:
-        check_config(plain, raw)
+        check_config(plain, raw, as_shipped)
     except ConfigError as error:
         found += error.problems
     if found:
@@ -209,8 +219,18 @@ def _group_problem(override: Override, loader: ConfigLoader) -> str | None:
     options = _choices(group, loader)
     if not options or override.is_delete() or value in options:
         return None
-    near = suggest(str(value), options)
+    near = _elsewhere(value, group, loader) or suggest(str(value), options)
     return f"{group}={value}: there is no such {group}{near} (choose from: {', '.join(options)})"
+
+
+def _elsewhere(value: Any, group: str, loader: ConfigLoader) -> str:
+    """Another group that has the choice, or the choice of this one that stands for nothing."""
+    if str(value).lower() in _NOTHING:
+        files = {f.stem: OmegaConf.load(f) for f in sorted((CONFIG_DIR / group).glob("*.yaml"))}
+        nothing = [name for name, file in files.items() if not any(dict(file).values())]
+        return f"; that is {group}={nothing[0]}" if nothing else ""
+    others = [other for other in GROUPS if value in _choices(other, loader)]
+    return f"; there is {' and '.join(f'{other}={value}' for other in others)}" if others else ""
 
 
 def _choices(group: str, loader: ConfigLoader) -> list[str]:

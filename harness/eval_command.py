@@ -26,7 +26,6 @@ from mneme.harness.compose import CONFIG_DIR, compose_group, parse_overrides, pr
 from mneme.harness.console import EvalProgress, reference_line
 from mneme.harness.evaluation import (
     Evaluation,
-    FitError,
     check_fit,
     evaluate,
     lengthened,
@@ -35,7 +34,13 @@ from mneme.harness.evaluation import (
 from mneme.harness.model_rules import NO_TABLE, check_size
 from mneme.harness.precision import run_precision
 from mneme.harness.provenance import provenance
-from mneme.harness.run_directory import RunDirectory, RunError, find_run, finite
+from mneme.harness.run_directory import (
+    RunDirectory,
+    RunError,
+    TaskMismatchError,
+    find_run,
+    finite,
+)
 from mneme.harness.schema import check_config
 from mneme.harness.signatures import signature_of
 from mneme.harness.targets import resolve_target
@@ -81,7 +86,7 @@ def evaluate_command(arguments: Sequence[str]) -> list[Evaluation]:
     Raises:
         ConfigError: a mistake in the command line.
         RunError: no usable run there.
-        FitError: the task does not fit the model, or the model has nothing to report.
+        TaskMismatchError: the task does not fit the model, or the model has nothing to report.
     """
     own, task_overrides = _split(arguments)
     asked = program_options("eval", EvalOptions, own)
@@ -204,10 +209,10 @@ def _require_run(run: RunDirectory, option: str) -> None:
 
 
 def _check_usage(run: RunDirectory, model: LanguageModel) -> None:
-    """Raises RunError or FitError where there would be nothing to write, or nowhere."""
+    """Raises RunError or TaskMismatchError where there would be nothing to write, or nowhere."""
     _require_run(run, "usage")
     if not reads_tables(model):
-        raise FitError(NO_TABLE)
+        raise TaskMismatchError(NO_TABLE)
 
 
 def _report_usage(usage: Mapping[str, Usage], run: RunDirectory, title: str) -> None:
@@ -217,7 +222,7 @@ def _report_usage(usage: Mapping[str, Usage], run: RunDirectory, title: str) -> 
 
 
 def _check_telemetry(run: RunDirectory, model: LanguageModel, precision: Precision) -> None:
-    """Raises RunError or FitError where there would be nothing to write, or nowhere."""
+    """Raises RunError or TaskMismatchError where there would be nothing to write, or nowhere."""
     _require_run(run, "telemetry")
     files = sorted((CONFIG_DIR / "mixer").glob("*.yaml"))
     check_surprise(model, precision, [file.stem for file in files if _learns_at_test_time(file)])

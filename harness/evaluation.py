@@ -11,6 +11,7 @@ from lightning.pytorch.plugins.precision import Precision
 from mneme.harness.build import build
 from mneme.harness.check import TARGET, Config
 from mneme.harness.checkpoints import load_weights
+from mneme.harness.run_directory import TaskMismatchError
 from mneme.harness.targets import resolve_target
 from mneme.harness.training import build_model
 from mneme.layers import State, detach_state, state_tensors
@@ -18,10 +19,6 @@ from mneme.models import LanguageModel
 from mneme.models.lightning_module import state_before
 from mneme.tasks.base import Batch, EvalSplit, Task
 from mneme.tasks.metrics import Metrics
-
-
-class FitError(ValueError):
-    """A task does not fit a model."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +59,14 @@ def lengthened(task: Config, multiple: int) -> Config:
     rows are lanes of one text, and fewer of them would carry a state further.
 
     Raises:
-        FitError: the task has no one length to multiply.
+        TaskMismatchError: the task has no one length to multiply.
     """
     if multiple == 1:
         return task
     if "seq_len" not in task:
-        raise FitError(f"this task mixes lengths; it cannot be read at {multiple} times its length")
+        raise TaskMismatchError(
+            f"this task mixes lengths; it cannot be read at {multiple} times its length"
+        )
     longer = {**task, "seq_len": task["seq_len"] * multiple}
     cls = resolve_target(task[TARGET])
     assert issubclass(cls, Task)
@@ -77,7 +76,7 @@ def lengthened(task: Config, multiple: int) -> Config:
 
 
 def check_fit(trained_on: str, model: LanguageModel, task: Task) -> None:
-    """Raises FitError, with the reason, if the model cannot read the task.
+    """Raises TaskMismatchError, with the reason, if the model cannot read the task.
 
     Args:
         trained_on: the vocabulary of the task that the model was trained on.
@@ -85,18 +84,18 @@ def check_fit(trained_on: str, model: LanguageModel, task: Task) -> None:
         task: prepared.
     """
     if task.vocab_size > model.vocab_size:
-        raise FitError(
+        raise TaskMismatchError(
             f"the task {task.name!r} has {task.vocab_size} tokens, the model knows "
             f"{model.vocab_size}: it cannot read the others; evaluate a run trained on this "
             "vocabulary, or set the task's vocab_size"
         )
     if task.vocabulary != trained_on:
-        raise FitError(
+        raise TaskMismatchError(
             f"the task {task.name!r} has the vocabulary {task.vocabulary[:12]!r}, the model was "
             f"trained on {trained_on[:12]!r}: it would read something else than is there"
         )
     if model.bank is not None and task.leaves not in (None, model.bank.shape.leaves):
-        raise FitError(
+        raise TaskMismatchError(
             f"routes of the task {task.name!r} lead to {task.leaves} leaves, and the bank of the "
             f"model has {model.bank.shape.leaves}: the routes are of another tree"
         )
@@ -123,10 +122,12 @@ def evaluate(
         after_batch: called with the number of batches that are scored.
 
     Raises:
-        FitError: there is no state to carry over.
+        TaskMismatchError: there is no state to carry over.
     """
     if carry and not task.continues:
-        raise FitError(f"the task {task.name!r} has independent examples: no state to carry")
+        raise TaskMismatchError(
+            f"the task {task.name!r} has independent examples: no state to carry"
+        )
     task.prepare_data()
     metrics, state, tokens, seconds, held = task.metrics(), None, 0, 0.0, 0
     for number, batch in enumerate(task.eval_batches(split), start=1):

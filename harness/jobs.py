@@ -17,7 +17,7 @@ from mneme.harness.check import Config, ConfigError
 from mneme.harness.checkpoints import check_router, check_same_run, read_checkpoint
 from mneme.harness.compose import Composed
 from mneme.harness.console import reference_line, say
-from mneme.harness.loggers import read_metrics
+from mneme.harness.metrics_file import read_metrics
 from mneme.harness.resume_check import resume_problems
 from mneme.harness.run_directory import (
     RunDirectory,

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,18 +12,33 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch.utilities import rank_zero_only
 
 from mneme.harness.check import Config, ConfigError, blaming
 from mneme.layers.atomic_file import replacing
 from mneme.layers.regular_file import read_regular
 
 RUNS = Path("runs")
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 _SHARED = "MNEME_RUN_DIR"  # how the processes of one run agree on its directory
+
+
+def rank() -> int:
+    """Which of the processes that train together this is, as Lightning has it."""
+    if "lightning" not in sys.modules:  # which would be slow to import, and looks here first
+        found = (os.environ.get(name) for name in _RANKS)
+        return int(next((number for number in found if number is not None), 0))
+    from lightning.pytorch.utilities import rank_zero_only
+
+    number: int = rank_zero_only.rank  # type: ignore[attr-defined]
+    return number
 
 
 class RunError(ValueError):
     """A run directory or checkpoint that cannot be used as asked."""
+
+
+class TaskMismatchError(ValueError):
+    """A task does not fit a model."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +118,10 @@ class RunDirectory:
         """The checkpoint with the best validation metric."""
         return self.path / "checkpoints" / "best.ckpt"
 
-    @rank_zero_only
     def write_config(self, config: Config) -> None:
-        """Writes the resolved config."""
-        write_atomically(self.config, yaml.safe_dump(config, sort_keys=False))
+        """Writes the resolved config, in the first of several processes."""
+        if rank() == 0:
+            write_atomically(self.config, yaml.safe_dump(config, sort_keys=False))
 
     def read_config(self) -> Config:
         """Reads the resolved config back.
@@ -160,12 +176,6 @@ class RunDirectory:
         if not isinstance(summary, dict):
             raise RunError(f"{self.summary} does not hold a summary")
         return summary
-
-
-def rank() -> int:
-    """Which of the processes that train together this is."""
-    number: int = rank_zero_only.rank  # type: ignore[attr-defined]
-    return number
 
 
 def new_run_directory(wanted: str | None, choices: Mapping[str, str], seed: int) -> RunDirectory:
@@ -227,6 +237,12 @@ def find_run(where: str | Path) -> tuple[RunDirectory, Path | None]:
     if path.is_file():  # neither a fifo nor a device
         return RunDirectory(path.absolute().parent.parent), path
     raise RunError(f"there is no run at {path}; give a run directory or a checkpoint file")
+
+
+def newest_run() -> Path | None:
+    """The run under `runs/`, or of a sweep there, that was written to last; None without any."""
+    files = [*RUNS.glob("*/summary.json"), *RUNS.glob("*/*/summary.json")]
+    return max(files, key=lambda file: file.stat().st_mtime).parent if files else None
 
 
 def finite(value: Any) -> Any:

@@ -4,7 +4,6 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning.pytorch import Trainer
 from torch.optim import Optimizer
 
 from mneme.harness.check import (
@@ -17,7 +16,7 @@ from mneme.harness.check import (
 )
 from mneme.harness.loggers import Dashboard
 from mneme.harness.signatures import readable, signature_of
-from mneme.harness.targets import suggest
+from mneme.harness.targets import resolve_target, suggest
 from mneme.harness.trainer_rules import check_trainer
 from mneme.layers import Layer
 from mneme.models import LanguageModel, Schedule
@@ -34,7 +33,7 @@ class Group:
         optional: whether the group may be null.
     """
 
-    kind: type | tuple[type, ...]
+    kind: type | str
     given: tuple[str, ...] = ()
     optional: bool = False
 
@@ -47,7 +46,7 @@ GROUPS = {
     "optimizer": Group(Optimizer, given=("params",)),
     "schedule": Group(Schedule),
     "trainer": Group(
-        Trainer,
+        "lightning.pytorch.Trainer",
         given=("callbacks", "default_root_dir", "enable_checkpointing", "logger", "plugins"),
     ),
     "logger": Group(Dashboard, optional=True),
@@ -97,17 +96,21 @@ class Options:
             raise ConfigError(problems)
 
 
-def check_config(config: Config, raw: Config | None = None) -> None:
+def check_config(
+    config: Config, raw: Config | None = None, as_shipped: Collection[str] = ()
+) -> None:
     """Checks a whole training config.
 
     Args:
         config: the composed config, interpolations resolved.
         raw: the same before interpolation.
+        as_shipped: groups in which nothing was changed. One that takes seconds to check is then
+            only checked where nothing else is wrong.
 
     Raises:
         ConfigError: with every problem found.
     """
-    problems = list(_problems(config, config if raw is None else raw))
+    problems = list(_problems(config, config if raw is None else raw, as_shipped))
     if problems:
         raise ConfigError(problems)
     options(config)  # which checks their ranges
@@ -130,13 +133,21 @@ def options(config: Config) -> Options:
     return Options(**{key: config[key] for key in signature_of(Options).types if key in config})
 
 
-def _problems(config: Config, raw: Config) -> Iterator[str]:
+def _problems(config: Config, raw: Config, as_shipped: Collection[str]) -> Iterator[str]:
     scalars = signature_of(Options).types
-    for key, value in config.items():
+    slow = [key for key, group in GROUPS.items() if isinstance(group.kind, str) and key in config]
+    wrong = False
+    for key in sorted(config, key=lambda key: key in slow):
+        if wrong and key in slow and key in as_shipped:
+            continue
         if key in GROUPS:
-            yield from _check_group(key, value, raw.get(key))
+            problems = list(_check_group(key, config[key], raw.get(key)))
         else:
-            yield from _check_scalar(key, value, scalars, groups=GROUPS)
+            groups = {g: config[g] for g in GROUPS if isinstance(config.get(g), Mapping)}
+            inside = [f"{group}.{key}" for group, options in groups.items() if key in options]
+            problems = list(_check_scalar(key, config[key], scalars, GROUPS, inside))
+        wrong |= bool(problems)
+        yield from problems
     yield from check_trainer(config.get("trainer"))
     for key, group in GROUPS.items():
         if key not in config and not group.optional:
@@ -144,11 +155,16 @@ def _problems(config: Config, raw: Config) -> Iterator[str]:
 
 
 def _check_scalar(
-    key: str, value: Any, types: Mapping[str, Any], groups: Collection[str] = ()
+    key: str,
+    value: Any,
+    types: Mapping[str, Any],
+    groups: Collection[str] = (),
+    inside: Collection[str] = (),
 ) -> Iterator[str]:
     if key not in types:
         known = [*groups, *types]
-        yield f"{key}: there is no such option{suggest(key, known)} (options: {', '.join(known)})"
+        near = f"; there is {' and '.join(inside)}" if inside else suggest(key, known)
+        yield f"{key}: there is no such option{near} (options: {', '.join(known)})"
     elif value == MISSING:
         yield f"{key}: needs a value of type {readable(types[key])}"
     else:
@@ -158,6 +174,7 @@ def _check_scalar(
 def _check_group(key: str, value: Any, raw: Any) -> Iterator[str]:
     group = GROUPS[key]
     if isinstance(value, Mapping) and TARGET in value:
-        yield from check_target(value, key, group.given, raw, group.kind)
+        kind = resolve_target(group.kind) if isinstance(group.kind, str) else group.kind
+        yield from check_target(value, key, group.given, raw, kind)
     elif value is not None or not group.optional:
         yield f"{key}: expected a group with a {TARGET}, got {value!r}"

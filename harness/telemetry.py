@@ -15,8 +15,7 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 
-from mneme.harness.evaluation import FitError
-from mneme.harness.run_directory import write_atomically
+from mneme.harness.run_directory import TaskMismatchError, write_atomically
 from mneme.harness.surprise_page import Section, Token, page
 from mneme.layers import recording
 from mneme.models import LanguageModel
@@ -61,7 +60,7 @@ class Trace:
 
 
 def check_surprise(model: LanguageModel, precision: Precision, mixers: Sequence[str]) -> None:
-    """Raises FitError unless some layer of the model reports its surprise.
+    """Raises TaskMismatchError unless some layer of the model reports its surprise.
 
     Args:
         model: on any device.
@@ -72,7 +71,7 @@ def check_surprise(model: LanguageModel, precision: Precision, mixers: Sequence[
     with torch.inference_mode(), precision.forward_context(), recording() as record:
         model(token)
     if not any(SURPRISE in reports for reports in record.by_layer(model).values()):
-        raise FitError(
+        raise TaskMismatchError(
             "telemetry: no layer of this model reports its surprise; those with a TestTimeMemory "
             f"do: train one with mixer={', '.join(mixers)}"
         )

@@ -19,7 +19,9 @@ from mneme.harness.checkpoints import (
     StopOnSignal,
 )
 from mneme.harness.console import RunProgressBar, label, quiet_libraries, say
-from mneme.harness.loggers import Dashboard, MetricsFile, last_validation
+from mneme.harness.data import TaskData
+from mneme.harness.loggers import Dashboard
+from mneme.harness.metrics_file import MetricsFile, last_validation
 from mneme.harness.model_rules import check_model, check_size
 from mneme.harness.precision import run_precision
 from mneme.harness.provenance import config_hash, provenance
@@ -152,10 +154,11 @@ def _train(
         model.compile()
     with _loggers(config, run, resume_step) as loggers:
         trainer = _trainer(prepared, run, loggers, callbacks)
-        trainer.fit(module, datamodule=task, ckpt_path=run.last if resume_step else None)
+        data = TaskData(task)
+        trainer.fit(module, datamodule=data, ckpt_path=run.last if resume_step else None)
         unvalidated = not last_validation(run.metrics, trainer.global_step)
         if trainer.strategy.broadcast(unvalidated):  # all processes must agree
-            trainer.validate(module, datamodule=task, verbose=False)
+            trainer.validate(module, datamodule=data, verbose=False)
         _save_bank(trainer)
     done = trainer.global_step == trainer.max_steps
     status = "finished" if done else "interrupted"

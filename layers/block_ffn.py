@@ -12,6 +12,7 @@ from mneme.layers.protocol import Layer, Output, State, require_at_least
 from mneme.layers.registry import register
 from mneme.layers.telemetry import observe
 from mneme.ops.routing import mean_over_tokens, router_logits
+from mneme.ops.uncompiled import uncompiled
 
 _STEEP = 100.0  # of the sigmoid that takes a logit for active or not, as in the released code
 
@@ -100,7 +101,7 @@ class BlockFFN(Layer):
         held = sum(p.numel() for p in self.parameters())
         return held - routed + self.experts.parameters_of(self.experts.experts / 2)
 
-    @torch.compiler.disable  # how many experts are active is data
+    @uncompiled  # how many experts are active is data
     def _mixed(self, x: Tensor, gates: Tensor, active: Tensor) -> Tensor:
         """What each token's active experts make of it, weighted."""
         gates, active = gates.flatten(0, 1), active.flatten(0, 1)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from mneme.layers.protocol import require_at_least
 from mneme.ops.grouped_linear import grouped_linear
 from mneme.ops.routing import group, grouped, ungrouped
+from mneme.ops.uncompiled import uncompiled
 
 _TILE = 8  # rows of a tile of matrix products, or a multiple
 
@@ -58,7 +59,7 @@ class Experts(nn.Module):
         self.in_proj = StackedLinear(experts, d_model, (1 + gated) * hidden)
         self.out_proj = StackedLinear(experts, hidden, d_model)
 
-    @torch.compiler.disable  # the sizes of groups are data
+    @uncompiled  # the sizes of groups are data
     def forward(
         self,
         x: Float[Tensor, "n d"],

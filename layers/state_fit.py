@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mneme.ops.uncompiled import constant_result
+
 ENTRIES = ("forward", "recall", "forward_saving")
 """Methods that take an input and a state, in this order, and therefore check the state first."""
 
@@ -108,7 +110,7 @@ class Stateful(nn.Module):
         with torch.no_grad():
             return pytree.tree_map_only(Tensor, TensorSpec.of, self.init_state(1))
 
-    @torch.compiler.assume_constant_result
+    @constant_result
     def _know_spec(self) -> bool:
         """Makes the specification where it is first needed, also by what a compiler traces."""
         if "_spec" not in self.__dict__:

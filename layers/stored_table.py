@@ -17,6 +17,7 @@ from mneme.layers.quantised_rows import TableFile, TableFileError, decode, write
 from mneme.layers.row_cache import RowCache
 from mneme.layers.table import SharedTable, Table
 from mneme.ops.table_read import dot_rows, sum_rows
+from mneme.ops.uncompiled import uncompiled
 
 CACHE_BYTES = 16 * 2**20
 _LARGEST = 2**24  # numbers of decoded rows at a time, 64 MiB
@@ -76,7 +77,7 @@ class StoredTable(nn.Module):
         self.cache = RowCache(layout.rows, layout.record, cache_bytes)
         self.reads = Reads()
 
-    @torch.compiler.disable
+    @uncompiled
     def sum_rows(
         self, rows: Int[Tensor, "*t m"], weights: Float[Tensor, "*t m"]
     ) -> Float[Tensor, "*t d"]:
@@ -92,7 +93,7 @@ class StoredTable(nn.Module):
             y[part] = sum_rows(block, places, flat[part])
         return y.unflatten(0, rows.shape[:-1])
 
-    @torch.compiler.disable
+    @uncompiled
     def dot_rows(
         self, rows: Int[Tensor, "*t m"], x: Float[Tensor, "*t d"]
     ) -> Float[Tensor, "*t m"]:

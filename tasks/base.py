@@ -13,7 +13,6 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -52,10 +51,40 @@ class Codec(Protocol):
         ...
 
 
-class Task(LightningDataModule, ABC):
-    """Training batches without end, two fixed evaluation sets, and how answers are scored.
+class Training(Protocol):
+    """What a task has to know of the run that reads its batches; Lightning's Trainer is one.
 
     Attributes:
+        global_step: optimiser steps already taken.
+        max_steps: those of the whole run, or -1.
+        accumulate_grad_batches: batches in a step of one process.
+        world_size: processes that train together.
+        global_rank: which of them this is.
+    """
+
+    @property
+    def global_step(self) -> int: ...
+
+    @property
+    def max_steps(self) -> int: ...
+
+    @property
+    def accumulate_grad_batches(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def global_rank(self) -> int: ...
+
+
+class Task(ABC):
+    """Training batches without end, two fixed evaluation sets, and how answers are scored.
+
+    `mneme.harness.data.TaskData` hands one to Lightning's Trainer.
+
+    Attributes:
+        trainer: the run that reads batches, for their order; None reads all of them from the first.
         name: short name for tables and run directories.
         monitor: the metric that tells two models apart, a key of `metrics().compute()`.
         monitor_mode: whether a larger (`"max"`) or a smaller (`"min"`) value is better.
@@ -76,9 +105,9 @@ class Task(LightningDataModule, ABC):
     monitor_mode: Literal["min", "max"]
     continues: bool = False
     leaves: int | None = None
+    trainer: Training | None = None
 
     def __init__(self, *, vocab_size: int, seq_len: int, batch_size: int, seed: int) -> None:
-        super().__init__()
         for label, value in {"vocab_size": vocab_size, "seq_len": seq_len}.items():
             if value < 2:
                 raise ValueError(f"{label} ({value}) must be at least 2")
@@ -90,6 +119,19 @@ class Task(LightningDataModule, ABC):
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.seed = seed
+
+    def prepare_data(self) -> None:  # noqa: B027
+        """Fills caches, if there are any; called in one process of each machine."""
+
+    def setup(self, stage: str) -> None:  # noqa: B027
+        """Called in every process before it reads batches.
+
+        Args:
+            stage: "fit", "validate" or "test".
+
+        Raises:
+            ValueError: the data do not suffice, or do not go with the run.
+        """
 
     @property
     @abstractmethod
@@ -113,7 +155,7 @@ class Task(LightningDataModule, ABC):
         """What the token ids mean: a model reads a task only if it was trained on the same."""
         return "symbols"
 
-    def keep_vocabulary(self, folder: Path) -> None:
+    def keep_vocabulary(self, folder: Path) -> None:  # noqa: B027
         """Puts into a run's folder what other text needs to be given the same ids, if anything."""
 
     def load_tokenizer(self, folder: Path) -> Codec | None:

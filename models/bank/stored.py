@@ -21,6 +21,7 @@ from mneme.models.bank.manifest import Manifest, open_levels, retrying
 from mneme.models.bank.reading import Read
 from mneme.models.bank.records import Reads, Records
 from mneme.models.bank.task import Task
+from mneme.ops.uncompiled import uncompiled
 
 CACHE_BYTES = 256 * 2**20
 _WINDOW = 8  # blocks of a call that are asked for before the first of them is copied
@@ -94,7 +95,7 @@ class StoredBank(Bank):
         """How the file of each level is read: "pread", "mmap" or "direct"."""
         return self._records.ways
 
-    @torch.compiler.disable
+    @uncompiled
     @torch.no_grad()
     def fetch(self, route: Int[Tensor, " b"]) -> Float[Tensor, "b places r w"]:
         """The blocks of each sequence, as `MemoryBank.fetch` has them in evaluation.

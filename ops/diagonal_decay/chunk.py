@@ -18,6 +18,7 @@ from mneme.ops.diagonal_decay.segment import Segment
 from mneme.ops.nothing import accepts_nothing
 from mneme.ops.precision import without_autocast
 from mneme.ops.tiling import Tiling
+from mneme.ops.uncompiled import uncompiled
 
 # Numbers per tensor of a segment, for each thread. The steps of a segment go over some thirty such
 # tensors; a smaller segment pays more for its calls than it gains from caches.
@@ -83,7 +84,7 @@ def check_chunk_size(chunk_size: int) -> None:
         raise ValueError(f"chunk_size is {chunk_size}; it must be a power of two")
 
 
-@torch.compiler.disable
+@uncompiled
 @accepts_nothing("q", "k", "v", "g")
 @without_autocast
 def diagonal_decay_chunk(

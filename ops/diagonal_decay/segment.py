@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mneme.ops.diagonal_decay.levels import Descent, Ladder
+from mneme.ops.uncompiled import uncompiled
 
 _BITS = math.log2(math.e)
 
@@ -55,7 +56,7 @@ class Segment:
         torch.mul(q, decay, out=queries.view(q.shape))
         self.v.view(v.shape).copy_(v)
 
-    @torch.compiler.disable  # it writes to views of other strides
+    @uncompiled  # it writes to views of other strides
     def forward(
         self, inputs: tuple[Tensor, ...], state: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +82,7 @@ class Segment:
         y.baddbmm_(self.reading, s[:-1].flatten(0, 1), beta=scale, alpha=scale)
         return y, s, scores
 
-    @torch.compiler.disable
+    @uncompiled
     def backward(
         self,
         inputs: tuple[Tensor, ...],

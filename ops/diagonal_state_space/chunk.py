@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from mneme.ops.diagonal_state_space.hold import zero_order_hold
 from mneme.ops.nothing import accepts_nothing
 from mneme.ops.precision import without_autocast
+from mneme.ops.uncompiled import uncompiled
 
 # Inputs of the channels that are worked together: their tiles stay in cache from one product to
 # the next. Channels do not meet, so that any number of them may be taken at a time.
@@ -185,7 +186,7 @@ def check(x: Tensor, A: Tensor, B: Tensor, C: Tensor, step: Tensor, chunk_size: 
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
 
 
-@torch.compiler.disable
+@uncompiled
 @accepts_nothing("x")
 @without_autocast
 def diagonal_state_space_chunk(

@@ -22,6 +22,7 @@ from mneme.ops.nothing import accepts_nothing
 from mneme.ops.precision import without_autocast
 from mneme.ops.tiling import Tiling
 from mneme.ops.triangular import inverse_of_one_minus
+from mneme.ops.uncompiled import uncompiled
 
 
 class _Decay(NamedTuple):
@@ -272,7 +273,7 @@ def check_chunk_size(chunk_size: int) -> None:
         raise ValueError(f"chunk_size is {chunk_size}; it must be a power of two, at least 4")
 
 
-@torch.compiler.disable
+@uncompiled
 @accepts_nothing("q", "k", "v", "g", "beta")
 @without_autocast
 def gated_delta_chunk(

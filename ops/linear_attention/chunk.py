@@ -13,6 +13,7 @@ from torch import Tensor
 from mneme.ops.linear_attention.naive import Prefix, State
 from mneme.ops.precision import without_autocast
 from mneme.ops.scalar_decay import scalar_decay_chunk
+from mneme.ops.uncompiled import uncompiled
 
 
 @without_autocast
@@ -31,7 +32,7 @@ def _widened(v: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat((v.to(dtype), v.new_ones(*v.shape[:-1], 1, dtype=dtype)), -1)
 
 
-@torch.compiler.disable
+@uncompiled
 @without_autocast
 def linear_attention_chunk(
     q: Float[Tensor, "B T H F"],

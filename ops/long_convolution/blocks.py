@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 
 from mneme.ops.long_convolution.naive import long_convolution_naive
 from mneme.ops.precision import without_autocast
+from mneme.ops.uncompiled import uncompiled
 
 _DIRECT = 128  # tokens of the smallest blocks, which are multiplied by a Toeplitz matrix
 _PARTS = 8  # blocks of one size in a block of the next
@@ -156,7 +157,7 @@ def check(x: Tensor, kernel: Tensor, state: Tensor | None) -> None:
         )
 
 
-@torch.compiler.disable
+@uncompiled
 @without_autocast
 def long_convolution_blocks(
     x: Float[Tensor, "B T D"],

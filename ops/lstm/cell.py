@@ -12,6 +12,7 @@ from torch import Tensor
 from mneme.ops.lstm.naive import LSTMState
 from mneme.ops.lstm.scan import Cell, scan
 from mneme.ops.precision import without_autocast
+from mneme.ops.uncompiled import uncompiled
 
 
 class _LSTM(Cell):
@@ -69,7 +70,7 @@ class _LSTM(Cell):
         return dgates, (dc,)
 
 
-@torch.compiler.disable
+@uncompiled
 @without_autocast
 def lstm_scan(
     wx: Float[Tensor, "B T 4 H D"],

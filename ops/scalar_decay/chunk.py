@@ -24,6 +24,7 @@ from mneme.ops.precision import without_autocast
 from mneme.ops.scalar_decay.decay import Decay
 from mneme.ops.scalar_decay.naive import heads_per_group
 from mneme.ops.tiling import Tiling
+from mneme.ops.uncompiled import uncompiled
 
 
 class _Tiles(NamedTuple):
@@ -241,7 +242,7 @@ def check_chunk_size(chunk_size: int) -> None:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
 
 
-@torch.compiler.disable
+@uncompiled
 @accepts_nothing("q", "k", "v", "g")
 @without_autocast
 def scalar_decay_chunk(

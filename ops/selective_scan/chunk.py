@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from mneme.ops.nothing import accepts_nothing
 from mneme.ops.precision import without_autocast
+from mneme.ops.uncompiled import uncompiled
 
 # Numbers of one tensor of a chunk. What a chunk touches is to stay in the second-level cache, and
 # the calls that are made once a chunk are to be few beside the one that is made for every token.
@@ -171,7 +172,7 @@ def check_shapes(x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor) -> No
             )
 
 
-@torch.compiler.disable
+@uncompiled
 @accepts_nothing("x", "step", "B", "C")
 @without_autocast
 def selective_scan_chunk(

@@ -14,6 +14,7 @@ from torch import Tensor
 from mneme.ops.lstm.scan import Cell, scan
 from mneme.ops.precision import without_autocast
 from mneme.ops.slstm.naive import SLSTMState
+from mneme.ops.uncompiled import uncompiled
 
 
 def _closed(lost: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ class _SLSTM(Cell):
         return dgates, (dc, dn, du + dc * c[:, 0] + dn * n[:, 0])
 
 
-@torch.compiler.disable
+@uncompiled
 @without_autocast
 def slstm_scan(
     wx: Float[Tensor, "B T 4 H D"],

@@ -13,6 +13,7 @@ from torch import Tensor
 from mneme.ops.precision import without_autocast
 from mneme.ops.table_read.kernels import all_row_sums, products, touched_row_sums, weighted_sums
 from mneme.ops.table_read.naive import exact_dtype
+from mneme.ops.uncompiled import uncompiled
 
 
 class _Sum(torch.autograd.Function):
@@ -87,7 +88,7 @@ class _TableGradient(torch.autograd.Function):
         return None, dweights, dx, None, None
 
 
-@torch.compiler.disable
+@uncompiled
 @without_autocast
 def sum_rows(
     table: Float[Tensor, "N D"],
@@ -126,7 +127,7 @@ def sum_rows(
     return y.view(*rows.shape[:-1], table.shape[1]).to(weights.dtype)
 
 
-@torch.compiler.disable
+@uncompiled
 @without_autocast
 def dot_rows(
     table: Float[Tensor, "N D"],

@@ -29,6 +29,7 @@ from mneme.ops.test_time.tiles import (
     to_overlapping_tiles,
     to_tiles,
 )
+from mneme.ops.uncompiled import uncompiled
 
 # Numbers in the widest tensor of a run: enough chunks a call to hide its overhead, few enough to
 # stay in cache. A run of one chunk is spared copies of weights and factors.
@@ -37,7 +38,7 @@ _RUN_NUMBERS = 2**17
 Watch = Callable[[str, Tensor], None]
 
 
-@torch.compiler.disable
+@uncompiled
 @accepts_nothing("q", "k", "v", "gates")
 @carries("q", "k", "v", "gates")
 @without_autocast

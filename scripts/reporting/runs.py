@@ -13,7 +13,7 @@ from typing import Any
 
 from mneme.harness.check import TARGET, Config, ConfigError
 from mneme.harness.compose import compose_checked
-from mneme.harness.loggers import STEP, read_metrics
+from mneme.harness.metrics_file import STEP, read_metrics
 from mneme.harness.run_directory import RunDirectory, RunError
 from mneme.harness.targets import TargetError, resolve_target
 from mneme.layers.regular_file import read_regular

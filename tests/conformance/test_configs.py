@@ -4,7 +4,7 @@ import pytest
 
 from mneme.harness.compose import CONFIG_DIR, compose_checked
 from mneme.harness.jobs import start_run
-from mneme.harness.loggers import read_metrics
+from mneme.harness.metrics_file import read_metrics
 
 SMALL = (
     "logger=csv",

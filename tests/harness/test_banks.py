@@ -12,10 +12,10 @@ from mneme.harness.build import build
 from mneme.harness.check import ConfigError
 from mneme.harness.checkpoints import Interrupted, model_weights, read_checkpoint
 from mneme.harness.compose import compose_checked
-from mneme.harness.evaluation import FitError, check_fit, evaluate, restore_model
+from mneme.harness.evaluation import check_fit, evaluate, restore_model
 from mneme.harness.jobs import resume_run, start_run
-from mneme.harness.loggers import read_metrics
-from mneme.harness.run_directory import RunDirectory
+from mneme.harness.metrics_file import read_metrics
+from mneme.harness.run_directory import RunDirectory, TaskMismatchError
 from mneme.harness.training import prepare
 from mneme.layers import BankOptions, HierarchicalFFN, ProductKeyMemory
 from mneme.models import LanguageModel
@@ -221,7 +221,9 @@ def test_training_and_validation_read_the_blocks_of_routes(banked):
 def test_a_bank_is_not_read_by_routes_of_another_tree(banked):
     config = {**banked.read_config()["task"], "routing": None}
     task = build(config)
-    with pytest.raises(FitError, match="lead to 64 leaves, and the bank of the model has 4"):
+    with pytest.raises(
+        TaskMismatchError, match="lead to 64 leaves, and the bank of the model has 4"
+    ):
         check_fit(task.vocabulary, restored(banked), task)
 
 

@@ -13,7 +13,7 @@ from mneme.harness.checkpoints import load_weights, read_checkpoint
 from mneme.harness.compose import compose_checked
 from mneme.harness.eval_command import evaluate_command
 from mneme.harness.jobs import resume_run, start_run
-from mneme.harness.loggers import read_metrics
+from mneme.harness.metrics_file import read_metrics
 from mneme.harness.run_directory import RunDirectory
 from mneme.harness.training import prepare, train
 from mneme.models import SequenceModule

@@ -74,6 +74,9 @@ def test_mistakes_inside_lists_are_found():
         ("model.vocab_size=3", "the program sets this option of LanguageModel; leave it out"),
         ("trainer.logger=false", "the program sets this option of Trainer; leave it out"),
         ("mixer=7", "there is no such mixer"),
+        ("mixer=samba", "there is no such mixer; there is model=samba"),
+        ("logger=none", "there is no such logger; that is logger=csv"),
+        ("lr=1e-3", "lr: there is no such option; there is optimizer.lr"),
         ("nonsense", "not of the form key=value"),
         (
             "task._target_=mneme.tasks.Mqar",

@@ -11,8 +11,9 @@ from mneme.harness.check import ConfigError
 from mneme.harness.checkpoints import read_checkpoint
 from mneme.harness.compose import compose_checked
 from mneme.harness.eval_command import evaluate_command
-from mneme.harness.evaluation import FitError, evaluate, restore_model
+from mneme.harness.evaluation import evaluate, restore_model
 from mneme.harness.jobs import start_run
+from mneme.harness.run_directory import TaskMismatchError
 from mneme.harness.training import build_model
 
 
@@ -52,13 +53,13 @@ def test_another_task_is_chosen_by_name(train_tiny):
 
 def test_a_task_with_other_tokens_is_refused_plainly(train_tiny):
     run, _ = train_tiny()
-    with pytest.raises(FitError, match="has 8192 tokens, the model knows 32"):
+    with pytest.raises(TaskMismatchError, match="has 8192 tokens, the model knows 32"):
         evaluate_command([f"run={run.path}", "task=mqar_paper"])
 
 
 def test_independent_examples_have_no_state_to_carry(train_tiny):
     run, _ = train_tiny()
-    with pytest.raises(FitError, match="independent examples: no state to carry"):
+    with pytest.raises(TaskMismatchError, match="independent examples: no state to carry"):
         evaluate_command([f"run={run.path}", "carry=[true]"])
 
 
@@ -136,13 +137,15 @@ def test_text_that_was_split_into_other_tokens_is_not_read(text_run, tmp_path):
     other = tmp_path / "files" / "*.txt"
     source = f"task.source={{_target_: mneme.tasks.LocalFiles, paths: ['{other}']}}"
     small = ["task=text_sentencepiece", "task.tokenizer.vocab_size=512", source]
-    with pytest.raises(FitError, match="has 512 tokens, the model knows 257"):
+    with pytest.raises(TaskMismatchError, match="has 512 tokens, the model knows 257"):
         evaluate_command([f"run={run.path}", *small, "task.seq_len=16", "task.batch_size=2"])
 
 
 def test_a_model_of_text_is_not_evaluated_on_symbols(text_run):
     run, _ = text_run
-    with pytest.raises(FitError, match="has the vocabulary 'symbols', the model was trained on"):
+    with pytest.raises(
+        TaskMismatchError, match="has the vocabulary 'symbols', the model was trained on"
+    ):
         evaluate_command([f"run={run.path}", "task=mqar"])
 
 
@@ -170,7 +173,7 @@ def test_a_learnt_vocabulary_goes_with_the_run_to_other_text(tmp_path):
     bytes_per_token = result.metrics["bytes"] / result.metrics["tokens"]
     assert bytes_per_token < 2.5, "pieces learnt on other text do not fit this one"
     run.tokenizer.unlink()
-    with pytest.raises(FitError, match="it would read something else"):
+    with pytest.raises(TaskMismatchError, match="it would read something else"):
         evaluate_command([f"run={run.path}", source("b"), "lengths=[1]"])
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from mneme.harness.check import ConfigError
 from mneme.harness.jobs import resume_run
-from mneme.harness.loggers import read_metrics
+from mneme.harness.metrics_file import read_metrics
 from mneme.harness.run_directory import RunDirectory, RunError
 from mneme.harness.run_lock import LOCK, alone
 from tests.harness.conftest import TINY, start

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mneme.harness import loggers
-from mneme.harness.loggers import MetricsFile, read_metrics
+from mneme.harness.metrics_file import MetricsFile, read_metrics
 from mneme.harness.run_directory import RunDirectory
 from tests.harness.conftest import ROOT
 

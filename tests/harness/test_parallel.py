@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mneme.harness.checkpoints import read_checkpoint
-from mneme.harness.loggers import read_metrics
+from mneme.harness.metrics_file import read_metrics
 from mneme.harness.run_directory import RunDirectory
 from tests.harness.conftest import TINY, program, start
 from tests.helpers import assert_close

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import subprocess
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 import train
 from mneme.harness.cli import report_errors
 from mneme.harness.compose import CONFIG_DIR
-from tests.harness.conftest import TINY, program
+from tests.harness.conftest import ROOT, TINY, program
 
 
 def test_a_typo_stops_the_run_with_one_message(tmp_path):
@@ -28,6 +29,18 @@ def test_a_typo_stops_the_run_with_one_message(tmp_path):
     assert "expected int, got 'two'" in done.stderr
     assert "expected float, got 'fast'" in done.stderr
     assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+def test_a_typo_is_answered_before_anything_slow_is_imported(tmp_path):
+    """Lightning and Dynamo take several times as long to import as all else."""
+    code = (
+        "import sys, train\n"
+        "try: train.main(['mixer.haeds=3', 'task=copy', 'optimizer.lr=fast'])\n"
+        "except ValueError as error: print(len(error.problems))\n"
+        "print({'lightning', 'torch._dynamo', 'scipy', 'sklearn', 'wandb'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split("\n") == ["3", "set()", ""], done.stderr
 
 
 def test_a_sweep_reports_every_job_and_fails_if_one_does(tmp_path):

@@ -19,7 +19,7 @@ from mneme.harness import evaluation
 from mneme.harness.cli import report_errors
 from mneme.harness.eval_command import evaluate_command
 from mneme.harness.jobs import resume_run
-from mneme.harness.loggers import read_metrics
+from mneme.harness.metrics_file import read_metrics
 from mneme.harness.run_directory import RunDirectory
 from mneme.models import clipping, lightning_module, parameter_groups
 from tests.harness.conftest import ROOT, TINY, environment

@@ -14,9 +14,9 @@ from mneme.harness.check import ConfigError
 from mneme.harness.checkpoints import read_checkpoint
 from mneme.harness.compose import compose_checked
 from mneme.harness.eval_command import evaluate_command
-from mneme.harness.evaluation import FitError, evaluate, restore_model
+from mneme.harness.evaluation import evaluate, restore_model
 from mneme.harness.jobs import start_run
-from mneme.harness.run_directory import RunError
+from mneme.harness.run_directory import RunError, TaskMismatchError
 from mneme.harness.surprise_page import Section, Token, page
 from mneme.harness.telemetry import PIECE, record_trace, tokens_of
 from mneme.layers import recording
@@ -236,7 +236,9 @@ def test_the_sequence_goes_on_through_blocks_and_ends_with_its_last_target(text_
 
 def test_a_model_without_a_memory_is_refused_before_it_is_evaluated(train_tiny):
     run, _ = train_tiny()
-    with pytest.raises(FitError, match="no layer of this model reports its surprise") as caught:
+    with pytest.raises(
+        TaskMismatchError, match="no layer of this model reports its surprise"
+    ) as caught:
         evaluate_command([f"run={run.path}", "telemetry=10"])
     named = str(caught.value).split("mixer=")[1].split(", ")
     assert {"titans_lmm", "titans_mag", "atlas", "ttt_mlp"} <= set(named)

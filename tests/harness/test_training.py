@@ -9,7 +9,7 @@ import torch
 from mneme.harness.check import ConfigError
 from mneme.harness.compose import compose_checked
 from mneme.harness.jobs import start_run
-from mneme.harness.loggers import read_metrics
+from mneme.harness.metrics_file import read_metrics
 from mneme.models.diagnosis import NonFiniteError
 from tests.harness.conftest import TINY
 

@@ -12,7 +12,7 @@ from mneme.harness.checkpoints import read_checkpoint
 from mneme.harness.compose import compose_checked
 from mneme.harness.eval_command import evaluate_command
 from mneme.harness.jobs import resume_run
-from mneme.harness.loggers import read_metrics
+from mneme.harness.metrics_file import read_metrics
 from mneme.harness.resume_check import resume_problems
 from mneme.harness.run_directory import RunDirectory, RunError, find_run
 from mneme.harness.schema import check_config

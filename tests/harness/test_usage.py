@@ -15,10 +15,10 @@ from mneme.harness.check import ConfigError
 from mneme.harness.checkpoints import read_checkpoint
 from mneme.harness.compose import compose_checked
 from mneme.harness.eval_command import evaluate_command
-from mneme.harness.evaluation import FitError, restore_model
+from mneme.harness.evaluation import restore_model
 from mneme.harness.jobs import start_run
-from mneme.harness.loggers import read_metrics
-from mneme.harness.run_directory import RunError
+from mneme.harness.metrics_file import read_metrics
+from mneme.harness.run_directory import RunError, TaskMismatchError
 from mneme.harness.usage_page import HEIGHT, LEFT, TOP, WIDTH, write_usage
 from mneme.layers import ProductKeyMemory, Usage, UsageMeter, metering, with_shared_tables
 from mneme.models import LanguageModel, SequenceModule
@@ -125,7 +125,7 @@ def test_a_model_without_tables_is_refused_before_it_trains(tmp_path):
 def test_a_model_without_tables_is_refused_before_it_is_evaluated(train_tiny, monkeypatch):
     run, _ = train_tiny()
     monkeypatch.setattr(eval_command, "evaluate", lambda *_, **__: pytest.fail("evaluated"))
-    with pytest.raises(FitError, match="usage: no layer of this model reads a table"):
+    with pytest.raises(TaskMismatchError, match="usage: no layer of this model reads a table"):
         evaluate_command([f"run={run.path}", "usage=true"])
 
 

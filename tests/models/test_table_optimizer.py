@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from mneme.harness.checkpoints import Interrupted, read_checkpoint
 from mneme.harness.compose import compose_checked
 from mneme.harness.jobs import resume_run, start_run
-from mneme.harness.loggers import read_metrics
+from mneme.harness.metrics_file import read_metrics
 from mneme.layers import Policy
 from mneme.models.parameter_groups import make_optimizer, parameter_groups, row_updated
 from mneme.models.row_gradients import coalesced, row_gradient

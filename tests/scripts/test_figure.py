@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mneme.harness.loggers import MetricsFile
+from mneme.harness.metrics_file import MetricsFile
 from mneme.harness.run_directory import RunDirectory
 from scripts.figure import COLOURS, bucket, chosen_lines, figure
 from scripts.reporting.rows import make_rows

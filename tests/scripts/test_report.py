@@ -11,7 +11,7 @@ from mneme.harness.cli import report_errors
 from mneme.harness.compose import compose_checked
 from mneme.harness.eval_command import evaluate_command
 from mneme.harness.jobs import start_run
-from mneme.harness.loggers import read_metrics
+from mneme.harness.metrics_file import read_metrics
 from mneme.harness.run_directory import RunDirectory
 from mneme.models.diagnosis import NonFiniteError
 from scripts.report import report

@@ -18,7 +18,7 @@ import train
 from mneme.harness.check import ConfigError
 from mneme.harness.cli import report_errors
 from mneme.harness.compose import compose_checked
-from mneme.harness.loggers import read_metrics
+from mneme.harness.metrics_file import read_metrics
 from mneme.harness.run_directory import RunDirectory
 from scripts.reproduce import main
 from scripts.reproducing import processes, reproduction

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import LightningModule, Trainer
 
+from mneme.harness.data import TaskData
 from mneme.tasks import ZipfFacts
 from mneme.tasks.batch import IGNORE, Batch
 from mneme.tasks.facts import FactMetrics, Told, World, make_world, tell
@@ -381,4 +382,4 @@ class Untrained(LightningModule):
 def test_a_trainer_refuses_before_training_begins():
     trainer = Trainer(max_steps=20, accumulate_grad_batches=2, accelerator="cpu", barebones=True)
     with pytest.raises(ValueError, match=r"but the run draws 40: 20 .* 2 .* 1 \(processes\)"):
-        trainer.fit(Untrained(), datamodule=small())
+        trainer.fit(Untrained(), datamodule=TaskData(small()))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mneme.harness.data import TaskData
 from mneme.tasks import MQAR, ForgettingMQAR, Needle
 from mneme.tasks.base import STREAMS
 from mneme.tasks.batch import IGNORE, deal
@@ -181,7 +182,7 @@ def fit(task, folder, steps, checkpoint=None):
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    trainer.fit(model, datamodule=task, ckpt_path=checkpoint)
+    trainer.fit(model, datamodule=TaskData(task), ckpt_path=checkpoint)
     return trainer, model.seen
 
 
