@@ -8,8 +8,8 @@ A change is a comparison, an arithmetic operator or a boolean turned round, a nu
 statement left out, or a value of a config; annotations, docstrings, messages of errors and the
 inputs of tests inside `ops` are left alone. Each is made in a copy of the tree, in which those
 tests run that ran the changed line before, until one fails: those named like the file first, then
-the quick ones. What survives is printed as it would be read: file, line, before and after. Which
-changes are drawn follows from the seed and the files.
+the quick ones, up to ten minutes of them. What survives is printed as it would be read: file, line,
+before and after. Which changes are drawn follows from the seed and the files.
 
 Which test runs which line is found once by a run of the whole suite (in subprocesses too), which
 takes about twice its usual time, and is kept in `.cache/mutate` until a file changes. A test that
@@ -20,6 +20,7 @@ import argparse
 import ast
 import contextlib
 import hashlib
+import itertools
 import os
 import random
 import re
@@ -64,6 +65,7 @@ OTHER_WORDS = {  # of a config
     "mneme.ops.test_time.MLP": "mneme.ops.test_time.Matrix",
 }
 FIXTURES = ("_inputs", "_flops", "inputs", "flops")  # of ops: what their tests are given
+LONGEST = 600.0  # seconds that the tests of a change took; what only more would notice survives
 PATIENCE = (4, 120.0)  # times what its tests took, and seconds on top; what hangs was noticed
 COVERAGE = """
 [run]
@@ -286,10 +288,13 @@ class Suite:
         else:
             lines = self.data.contexts_by_lineno(str(self.root / change.path))
             statement = _lines_of_statement(source, source.count("\n", 0, change.start) + 1)
-            found = self._named(lines.get(line, []) for line in statement)
-            found = found or self._named(lines.values())
+            contexts = [lines.get(line, []) for line in statement]
+            imported = not any(contexts) or any("" in some for some in contexts)
+            found = self._named(lines.values() if imported else contexts)
         names = {change.path.stem, change.path.parent.name} - {*FOLDERS, "__init__", ""}
-        return sorted(found, key=lambda t: (not any(n in t for n in names), self.seconds[t]))
+        order = sorted(found, key=lambda t: (not any(n in t for n in names), self.seconds[t]))
+        until = itertools.accumulate(self.seconds[test] for test in order)
+        return [test for test, seconds in zip(order, until, strict=True) if seconds <= LONGEST]
 
     def _named(self, contexts: Iterable[list[str]]) -> set[str]:
         """Contexts of lines as tests; those of programs have the test's phase behind them."""

@@ -1,6 +1,10 @@
 """Shape and type checks on, global state restored, threads as on the smallest machine."""
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 from jaxtyping import install_import_hook
 
@@ -12,6 +16,7 @@ install_import_hook(["mneme.ops", "mneme.layers", "mneme.models"], "tests.typech
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+ROOT = Path(__file__).parents[1]
 os.environ.setdefault("WANDB_MODE", "offline")
 
 
@@ -27,3 +32,20 @@ def _fresh_global_state():
 def text_cache(tmp_path_factory):
     """One cache of prepared text for the whole session."""
     return tmp_path_factory.getbasetemp().parent / "text-cache"
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """Asks a program what is wrong with a compiled layer or op; it starts with the first."""
+    command = [sys.executable, "-m", "tests.compile_one"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as program:
+
+        def ask(*words: str) -> str:
+            program.stdin.write(" ".join(words) + "\n")
+            program.stdin.flush()
+            return json.loads(program.stdout.readline() or '"the program ended"')
+
+        yield ask
+        program.stdin.close()
