@@ -8,13 +8,13 @@ length), `carry=[false,true]` (start every block afresh, or go on from the state
 
 import sys
 
-from mneme.harness.signals import listen
+from mneme.harness.run.signals import listen
 
 if __name__ == "__main__":
     listen()  # before the imports, which take seconds
 
 from mneme.harness.cli import report_errors
-from mneme.harness.eval_command import evaluate_command
+from mneme.harness.evaluate.eval_command import evaluate_command
 
 if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv[1:]):

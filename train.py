@@ -8,7 +8,7 @@ with comma-separated values runs a sweep; `resume=<run directory>` continues a r
 import os
 import sys
 
-from mneme.harness.signals import listen
+from mneme.harness.run.signals import listen
 
 if __name__ == "__main__":
     listen()  # before anything that takes time
@@ -22,13 +22,19 @@ import hydra
 from omegaconf import DictConfig
 
 from mneme.harness.cli import report_errors
-from mneme.harness.compose import check_sweep, checked, claim_sweep, compose_checked, job_choices
+from mneme.harness.config.compose import (
+    check_sweep,
+    checked,
+    claim_sweep,
+    compose_checked,
+    job_choices,
+)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def job(config: DictConfig) -> None:
     """One run of a sweep."""
-    from mneme.harness.jobs import start_job
+    from mneme.harness.run.jobs import start_job
 
     with report_errors():
         start_job(checked(config, job_choices()))
@@ -38,7 +44,7 @@ def main(arguments: list[str]) -> None:
     """Checks the whole command line, then imports what training takes, and trains."""
     resumed = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
     if resumed:
-        from mneme.harness.jobs import resume_run
+        from mneme.harness.run.jobs import resume_run
 
         resume_run(resumed[-1], others=[a for a in arguments if not a.startswith("resume=")])
     elif any(a.startswith("-") for a in arguments):  # -m, --help, --cfg: Hydra's own business
@@ -46,7 +52,7 @@ def main(arguments: list[str]) -> None:
         job()
     else:
         composed = compose_checked(arguments)
-        from mneme.harness.jobs import start_run
+        from mneme.harness.run.jobs import start_run
 
         start_run(composed)
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from mneme.harness.check import ConfigError, refused
-from mneme.harness.run_directory import RunError, TaskMismatchError
-from mneme.harness.signals import Interrupted, interruptible
-from mneme.layers.quantised_rows import TableFileError
+from mneme.harness.config.check import ConfigError, refused
+from mneme.harness.run.run_directory import RunError, TaskMismatchError
+from mneme.harness.run.signals import Interrupted, interruptible
 from mneme.models.bank import BankError
 from mneme.models.diagnosis import NonFiniteError
 from mneme.routers import RouterError
+from mneme.storage.quantized_rows import TableFileError
 
 USER_ERRORS = (
     ConfigError,

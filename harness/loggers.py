@@ -12,7 +12,7 @@ import os
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from mneme.harness.run_directory import RunDirectory, rank
+from mneme.harness.run.run_directory import RunDirectory, rank
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger

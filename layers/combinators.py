@@ -12,8 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mneme.layers.feed_forward import MLP
-from mneme.layers.gated_convolution import GatedConvolution
-from mneme.layers.norm import RMSNorm
+from mneme.layers.parts.norm import RMSNorm
 from mneme.layers.protocol import (
     Layer,
     LayerList,
@@ -24,6 +23,7 @@ from mneme.layers.protocol import (
     join_aux,
     start_state,
 )
+from mneme.layers.recurrent.gated_convolution import GatedConvolution
 from mneme.layers.registry import register
 
 

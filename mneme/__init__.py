@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
-    from mneme.harness.loading import LoadedRun
+    from mneme.harness.evaluate.loading import LoadedRun
 
 __all__ = ["__version__", "load"]
 __version__ = "0.1.0"
@@ -46,8 +46,8 @@ def load(
         device: where the model goes; by default a GPU, if there is one.
 
     Raises:
-        mneme.harness.run_directory.RunError: no usable run lies there.
+        mneme.harness.run.run_directory.RunError: no usable run lies there.
     """
-    from mneme.harness.loading import load as load_run
+    from mneme.harness.evaluate.loading import load as load_run
 
     return load_run(run, checkpoint=checkpoint, device=device)

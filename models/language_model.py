@@ -26,11 +26,11 @@ from mneme.layers import (
     join_aux,
     start_state,
 )
-from mneme.layers.hierarchical_ffn import shape_of
-from mneme.layers.norm import RMSNorm
+from mneme.layers.bank.hierarchical_ffn import shape_of
+from mneme.layers.parts.norm import RMSNorm
 from mneme.layers.protocol import require_at_least
+from mneme.layers.sparse.table import NamedTables
 from mneme.layers.state_fit import Stateful
-from mneme.layers.table import NamedTables
 
 MOST_LAYERS = 10_000  # ten times the deepest that are known; a million would build for hours
 EMBEDDING_STD = 0.02  # GPT-2's; with a tied head it keeps the first logits near zero

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from mneme.harness.cli import number, report_errors, whole_number
-from mneme.harness.run_directory import RunError
-from mneme.layers.memory_bank import GENERIC, BankOptions
+from mneme.harness.run.run_directory import RunError
+from mneme.layers.bank.memory_bank import GENERIC, BankOptions
 from mneme.models import Cosine, make_optimizer
 from mneme.models.bank.attach import AttachedBank, attach_bank
 from mneme.routers import Router

@@ -13,11 +13,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mneme.harness.build import build
-from mneme.harness.check import blaming
 from mneme.harness.cli import report_errors
-from mneme.harness.compose import compose_checked
-from mneme.harness.training import build_model
+from mneme.harness.config.build import build
+from mneme.harness.config.check import blaming
+from mneme.harness.config.compose import compose_checked
+from mneme.harness.run.training import build_model
 from mneme.models import Budget, budget
 
 

@@ -35,7 +35,7 @@ class Collapse:
     """How a run used its rows, and what it learned.
 
     Attributes:
-        before: figures of `mneme.layers.usage.Usage.metrics` at the start.
+        before: figures of `mneme.layers.sparse.usage.Usage.metrics` at the start.
         after: the same when trained.
         accuracy: on the inputs, when trained.
     """

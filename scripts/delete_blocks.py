@@ -21,19 +21,19 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 
-from mneme.harness.build import build
-from mneme.harness.check import TARGET, Config
-from mneme.harness.checkpoints import (
+from mneme.harness.cli import report_errors, whole_number
+from mneme.harness.config.build import build
+from mneme.harness.config.check import TARGET, Config
+from mneme.harness.config.schema import check_config
+from mneme.harness.config.targets import resolve_target
+from mneme.harness.evaluate.evaluation import check_fit, restore_model
+from mneme.harness.run.checkpoints import (
     checkpoint_config,
     checkpoint_vocabulary,
     read_checkpoint,
 )
-from mneme.harness.cli import report_errors, whole_number
-from mneme.harness.evaluation import check_fit, restore_model
-from mneme.harness.precision import run_precision
-from mneme.harness.run_directory import RunError, find_run
-from mneme.harness.schema import check_config
-from mneme.harness.targets import resolve_target
+from mneme.harness.run.precision import run_precision
+from mneme.harness.run.run_directory import RunError, find_run
 from mneme.layers import BankShape, MemoryBank
 from mneme.models import LanguageModel
 from mneme.models.lightning_module import state_before

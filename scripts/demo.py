@@ -20,14 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.console import Console
 from rich.table import Table
 
-from mneme.harness.build import build
-from mneme.harness.checkpoints import read_checkpoint
 from mneme.harness.cli import report_errors
-from mneme.harness.compose import compose_checked
-from mneme.harness.evaluation import Evaluation, evaluate, lengthened, restore_model
-from mneme.harness.jobs import start_run
-from mneme.harness.precision import run_precision
-from mneme.harness.run_directory import RunDirectory
+from mneme.harness.config.build import build
+from mneme.harness.config.compose import compose_checked
+from mneme.harness.evaluate.evaluation import Evaluation, evaluate, lengthened, restore_model
+from mneme.harness.run.checkpoints import read_checkpoint
+from mneme.harness.run.jobs import start_run
+from mneme.harness.run.precision import run_precision
+from mneme.harness.run.run_directory import RunDirectory
 
 MIXERS = ("gated_deltanet", "attention", "sliding_window")
 MULTIPLES = (1, 4)

@@ -13,7 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mneme.harness.cli import report_errors
-from mneme.harness.run_directory import write_atomically
+from mneme.harness.run.run_directory import write_atomically
 from scripts.reporting.columns import Column, chosen_columns
 from scripts.reporting.entries import differing
 from scripts.reporting.rows import Row, make_rows

@@ -44,7 +44,8 @@ from mneme.harness.cli import report_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = [
-    "ops", "layers", "models", "tasks", "routers", "harness", "scripts", "configs", "programs",
+    "ops", "storage", "layers", "models", "tasks", "routers", "harness", "scripts", "configs",
+    "programs",
 ]  # fmt: skip
 OF_CONFIGS = ("tests/conformance/test_configs.py", "tests/conformance/test_published_choices.py",
               "tests/harness/test_check.py")  # fmt: skip

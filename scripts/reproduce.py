@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mneme.harness.cli import report_errors, whole_number
-from mneme.harness.run_directory import RUNS, RunError
+from mneme.harness.run.run_directory import RUNS, RunError
 from scripts.reporting.runs import unknown
 from scripts.reproducing.grid import Grid
 from scripts.reproducing.processes import Stopped

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mneme.harness.cli import report_errors, whole_number
-from mneme.harness.run_directory import RunError
+from mneme.harness.run.run_directory import RunError
 from mneme.routers import (
     Embedder,
     HashedTfidf,

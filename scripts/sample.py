@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mneme
 from mneme.harness.cli import report_errors
-from mneme.harness.compose import program_options
-from mneme.harness.run_directory import RunError
+from mneme.harness.config.compose import program_options
+from mneme.harness.run.run_directory import RunError
 
 
 @dataclass(frozen=True)

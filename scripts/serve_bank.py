@@ -18,8 +18,8 @@ from typing import get_args
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mneme.harness.cli import number, report_errors, whole_number
-from mneme.harness.run_directory import RunError, find_run
-from mneme.harness.serving import Answer, Served, answer, load
+from mneme.harness.evaluate.serving import Answer, Served, answer, load
+from mneme.harness.run.run_directory import RunError, find_run
 from mneme.layers import GENERIC
 from mneme.models.bank.reading import Read
 

@@ -19,23 +19,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from mneme.harness.build import build
-from mneme.harness.checkpoints import (
+from mneme.harness.cli import number, report_errors
+from mneme.harness.config.build import build
+from mneme.harness.config.schema import check_config
+from mneme.harness.evaluate.evaluation import Evaluation, check_fit, evaluate, restore_model
+from mneme.harness.run.checkpoints import (
     AtomicCheckpointIO,
     checkpoint_config,
     checkpoint_vocabulary,
     read_checkpoint,
 )
-from mneme.harness.cli import number, report_errors
-from mneme.harness.evaluation import Evaluation, check_fit, evaluate, restore_model
-from mneme.harness.precision import run_precision
-from mneme.harness.run_directory import RunDirectory, RunError, find_run
-from mneme.harness.schema import check_config
-from mneme.harness.training import build_model
-from mneme.layers.quantised_rows import TableFile, TableFileError
-from mneme.layers.stored_table import Reads, StoredTable, replace_tables, store_tables
-from mneme.layers.table import Table
+from mneme.harness.run.precision import run_precision
+from mneme.harness.run.run_directory import RunDirectory, RunError, find_run
+from mneme.harness.run.training import build_model
+from mneme.layers.sparse.stored_table import Reads, StoredTable, replace_tables, store_tables
+from mneme.layers.sparse.table import Table
 from mneme.models import LanguageModel
+from mneme.storage.quantized_rows import TableFile, TableFileError
 from mneme.tasks.base import EvalSplit, Task
 from scripts.reporting.measured import measured, publish
 

@@ -81,7 +81,7 @@ class Training(Protocol):
 class Task(ABC):
     """Training batches without end, two fixed evaluation sets, and how answers are scored.
 
-    `mneme.harness.data.TaskData` hands one to Lightning's Trainer.
+    `mneme.harness.run.data.TaskData` hands one to Lightning's Trainer.
 
     Attributes:
         trainer: the run that reads batches, for their order; None reads all of them from the first.

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("configs", "harness", "layers", "mneme", "models", "ops", "routers", "tasks", "tests")
+PARTS = (
+    "configs",
+    "harness",
+    "layers",
+    "mneme",
+    "models",
+    "ops",
+    "routers",
+    "storage",
+    "tasks",
+    "tests",
+)
 FILES = ("pyproject.toml", "train.py", "eval.py")
 
 
@@ -25,9 +36,9 @@ def copy(tmp_path_factory):
         shutil.copy(ROOT / file, path / file)
     page = (ROOT / "docs" / "adding-a-layer.md").read_text()
     layer, line, config = re.findall(r"^```(?:python|yaml)\n(.*?)^```", page, re.M | re.S)
-    (path / "layers" / "running_average.py").write_text(layer)
+    (path / "layers" / "recurrent" / "running_average.py").write_text(layer)
     (path / "configs" / "mixer" / "running_average.yaml").write_text(config)
-    registry, place = path / "layers" / "__init__.py", "from mneme.layers.s4d import"
+    registry, place = path / "layers" / "__init__.py", "from mneme.layers.recurrent.s4d import"
     registry.write_text(registry.read_text().replace(place, line + place))
     return path
 
@@ -53,7 +64,7 @@ def test_leaving_out_the_registry_line_is_a_failure(copy):
     registry = copy / "layers" / "__init__.py"
     whole = registry.read_text()
     registry.write_text(
-        whole.replace("from mneme.layers.running_average import RunningAverage\n", "")
+        whole.replace("from mneme.layers.recurrent.running_average import RunningAverage\n", "")
     )
     try:
         done = run(

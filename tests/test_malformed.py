@@ -21,14 +21,14 @@ import torch
 import yaml
 
 import train
-from mneme.harness.check import TARGET, Config
 from mneme.harness.cli import report_errors
-from mneme.harness.compose import Composed, compose_checked
-from mneme.harness.eval_command import evaluate_command
-from mneme.harness.jobs import resume_run, start_run
-from mneme.harness.run_directory import RunDirectory
-from mneme.harness.schema import check_config
-from mneme.harness.training import prepare
+from mneme.harness.config.check import TARGET, Config
+from mneme.harness.config.compose import Composed, compose_checked
+from mneme.harness.config.schema import check_config
+from mneme.harness.evaluate.eval_command import evaluate_command
+from mneme.harness.run.jobs import resume_run, start_run
+from mneme.harness.run.run_directory import RunDirectory
+from mneme.harness.run.training import prepare
 from scripts import (
     attach_bank,
     bench,

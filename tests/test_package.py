@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ["ops", "layers", "models", "tasks", "routers", "harness"]
+PACKAGES = ["ops", "layers", "models", "tasks", "routers", "harness", "storage"]
 
 
 def tracked() -> list[Path]:
@@ -64,8 +64,8 @@ def test_an_installed_package_works_and_has_one_name(installed, tmp_path):
     code = "import mneme, sys; print('torch' in sys.modules, mneme.__file__)"
     assert python(tmp_path, code, path=installed) == f"False {installed}/mneme/__init__.py"
     code = (
-        "from mneme.harness.compose import compose_checked as c; "
-        "from mneme.harness.provenance import commit; "
+        "from mneme.harness.config.compose import compose_checked as c; "
+        "from mneme.harness.run.provenance import commit; "
         "print(c(['mixer=titans_mag']).config['mixer']['_target_'], commit())"
     )
     answer = python(tmp_path, code, path=installed)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mneme.harness.compose import check_sweep, compose_checked
+from mneme.harness.config.compose import check_sweep, compose_checked
 from mneme.layers import LAYERS
 
 ROOT = Path(__file__).parents[1]

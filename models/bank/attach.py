@@ -1,6 +1,6 @@
 """A memory bank on a pretrained language model of transformers, whose own weights stay as they are.
 
-B sequences, as in `mneme.layers.memory_bank`.
+B sequences, as in `mneme.layers.bank.memory_bank`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from mneme.layers.bank_blocks import unit_width
-from mneme.layers.memory_bank import Bank, BankOptions, BankShape, MemoryBank
+from mneme.layers.bank.bank_blocks import unit_width
+from mneme.layers.bank.memory_bank import Bank, BankOptions, BankShape, MemoryBank
 from mneme.models.bank.feed_forwards import common_width, decoder_layers, gated_feed_forwards
 from mneme.models.bank.hashing import anchor_hash
 from mneme.models.bank.layout import Dtype
@@ -37,8 +37,8 @@ class AttachedBank(nn.Module):
         y = down(act(gate x) * (up x)) + M3 (act(M1 x) * (M2 x))
 
     with the activation `act` of the model, called the anchor. M1, M2 and M3 are the blocks on the
-    way to the leaf of the sequence (`mneme.layers.hierarchical_ffn`). This is how arXiv 2510.02375
-    adds knowledge to open weights. A new bank changes no logit, as its M3 are zero.
+    way to the leaf of the sequence (`mneme.layers.bank.hierarchical_ffn`). This is how arXiv
+    2510.02375 adds knowledge to open weights. A new bank changes no logit, as its M3 are zero.
 
     The anchor keeps its class, its parameters and their names, and without a route it computes what
     it did before: blocks come in through hooks, for the calls below and inside of `routed`. What

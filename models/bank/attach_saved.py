@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mneme.layers.memory_bank import BankOptions, MemoryBank
+from mneme.layers.bank.memory_bank import BankOptions, MemoryBank
 from mneme.models.bank.attach import AttachedBank
 from mneme.models.bank.errors import BankError
 from mneme.models.bank.hashing import anchor_hash

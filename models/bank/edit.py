@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mneme.layers.memory_bank import BankShape
+from mneme.layers.bank.memory_bank import BankShape
 from mneme.models.bank.errors import BankError
 from mneme.models.bank.journal import Patch, apply_journal, locked, write_journal
 from mneme.models.bank.layout import WORD, LevelLayout

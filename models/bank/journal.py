@@ -22,11 +22,11 @@ from typing import BinaryIO, NamedTuple
 
 import xxhash
 
-from mneme.layers.atomic_file import replacing, sync_folder
-from mneme.layers.regular_file import open_regular
 from mneme.models.bank.errors import BankError
 from mneme.models.bank.layout import WORD
 from mneme.models.bank.level_file import read_header
+from mneme.storage.atomic_file import replacing, sync_folder
+from mneme.storage.regular_file import open_regular
 
 JOURNAL = "edit.journal"
 LEVEL_NAME = re.compile(r"level\d+-(\d+)\.bank")

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mneme.layers.memory_bank import BankShape
+from mneme.layers.bank.memory_bank import BankShape
 from mneme.layers.protocol import require_choice
 
 PAGE = 4096

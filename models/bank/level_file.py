@@ -11,9 +11,9 @@ import xxhash
 from jaxtyping import Float, UInt64
 from torch import Tensor
 
-from mneme.layers.regular_file import open_regular
 from mneme.models.bank.errors import BankError
 from mneme.models.bank.layout import PAGE, VERSION, WORD, Bytes, LevelLayout
+from mneme.storage.regular_file import open_regular
 
 _MAGIC = b"mnemebnk"
 _LONGEST = 2**20  # bytes of JSON in a header, in any version

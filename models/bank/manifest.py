@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from mneme.layers.memory_bank import BankShape
-from mneme.layers.regular_file import open_regular, read_regular
+from mneme.layers.bank.memory_bank import BankShape
 from mneme.models.bank.errors import BankError
 from mneme.models.bank.journal import JOURNAL, LEVEL_NAME, complete_edit
 from mneme.models.bank.layout import PAGE, VERSION, Dtype, LevelLayout, levels_of, shape_from_json
 from mneme.models.bank.level_file import LevelFile, require_version
+from mneme.storage.regular_file import open_regular, read_regular
 
 MANIFEST = "manifest.json"
 _SHOWN = 12  # digits of a hash in a message

@@ -1,6 +1,7 @@
 """Memory banks that stay on disk: for serving a model whose bank is larger than memory.
 
-B sequences; L places, R units of a path, W numbers of a unit, as in `mneme.layers.memory_bank`.
+B sequences; L places, R units of a path, W numbers of a unit, as in
+`mneme.layers.bank.memory_bank`.
 """
 
 import time
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mneme.layers.memory_bank import GENERIC, Bank, BankShape, require_routes
+from mneme.layers.bank.memory_bank import GENERIC, Bank, BankShape, require_routes
 from mneme.layers.protocol import require_at_least
 from mneme.models.bank.buffers import Buffers
 from mneme.models.bank.cache import RecordCache

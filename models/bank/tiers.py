@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from mneme.layers.memory_bank import BankShape
+from mneme.layers.bank.memory_bank import BankShape
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mneme.layers.bank_blocks import feed_forward_block
+from mneme.layers.bank.bank_blocks import feed_forward_block
 
 
 class Widening(NamedTuple):

@@ -12,9 +12,7 @@ import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
-from mneme.layers.atomic_file import replacing, sync_folder
-from mneme.layers.memory_bank import BankShape
-from mneme.layers.regular_file import read_regular
+from mneme.layers.bank.memory_bank import BankShape
 from mneme.models.bank.errors import BankError
 from mneme.models.bank.journal import (
     JOURNAL,
@@ -27,6 +25,8 @@ from mneme.models.bank.journal import (
 from mneme.models.bank.layout import Dtype, LevelLayout
 from mneme.models.bank.level_file import checksum_table, header
 from mneme.models.bank.manifest import MANIFEST, Manifest
+from mneme.storage.atomic_file import replacing, sync_folder
+from mneme.storage.regular_file import read_regular
 
 _PART = re.compile(rf"\.({LEVEL_NAME.pattern}|{MANIFEST}|{JOURNAL})\.\w+")  # left by `replacing`
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from mneme.layers.memory_bank import BankShape
+from mneme.layers.bank.memory_bank import BankShape
 from mneme.models.bank import BankError, StoredBank, Tier, tier_table
 from mneme.models.bank.buffers import Buffers
 from mneme.models.bank.layout import PAGE

@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch import Callback
 from torch.nn import functional as F
 
-from mneme.harness.compose import compose_checked
-from mneme.harness.run_directory import RunDirectory
-from mneme.harness.training import Prepared, prepare, train
+from mneme.harness.config.compose import compose_checked
+from mneme.harness.run.run_directory import RunDirectory
+from mneme.harness.run.training import Prepared, prepare, train
 from mneme.models.parameter_groups import parameter_groups
 from mneme.tasks.base import IGNORE
 from scripts.benchmarks import measure

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from mneme.harness.provenance import provenance
-from mneme.harness.run_directory import finite
+from mneme.harness.run.provenance import provenance
+from mneme.harness.run.run_directory import finite
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mneme.layers import HierarchicalFFN, Recipe, SoftmaxAttention, SwiGLU
-from mneme.layers.memory_bank import BankOptions, BankShape
+from mneme.layers.bank.memory_bank import BankOptions, BankShape
 from mneme.models import LanguageModel
 from mneme.models.bank import StoredBank, read_manifest, write_bank
 from mneme.models.bank.layout import Dtype

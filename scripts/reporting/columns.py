@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mneme.harness.metrics_file import STEP
+from mneme.harness.run.metrics_file import STEP
 from mneme.tasks.metrics import LOWER_IS_BETTER
 from scripts.reporting.entries import flat
 from scripts.reporting.rows import Row

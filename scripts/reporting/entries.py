@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mneme.harness.check import TARGET, Config
+from mneme.harness.config.check import TARGET, Config
 
 Entries = Mapping[str, Any]
 

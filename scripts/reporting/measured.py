@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mneme.harness.cli import whole_number
-from mneme.harness.provenance import provenance
+from mneme.harness.run.provenance import provenance
 from scripts.reporting.page import place
 
 

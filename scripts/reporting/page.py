@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mneme.harness.run_directory import write_atomically
+from mneme.harness.run.run_directory import write_atomically
 from scripts.reporting.columns import Column, number, text
 from scripts.reporting.entries import compared, covered, differing, named
 from scripts.reporting.rows import Row

@@ -11,12 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mneme.harness.check import TARGET, Config, ConfigError
-from mneme.harness.compose import compose_checked
-from mneme.harness.metrics_file import STEP, read_metrics
-from mneme.harness.run_directory import RunDirectory, RunError
-from mneme.harness.targets import TargetError, resolve_target
-from mneme.layers.regular_file import read_regular
+from mneme.harness.config.check import TARGET, Config, ConfigError
+from mneme.harness.config.compose import compose_checked
+from mneme.harness.config.targets import TargetError, resolve_target
+from mneme.harness.run.metrics_file import STEP, read_metrics
+from mneme.harness.run.run_directory import RunDirectory, RunError
+from mneme.storage.regular_file import read_regular
 from mneme.tasks.base import Task
 
 _LISTED = 30  # names of what is known, in a message about what is not

@@ -4,9 +4,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mneme.harness.check import Config, ConfigError
-from mneme.harness.compose import compose_checked
-from mneme.harness.run_directory import RunDirectory
+from mneme.harness.config.check import Config, ConfigError
+from mneme.harness.config.compose import compose_checked
+from mneme.harness.run.run_directory import RunDirectory
 from scripts.reporting.entries import compared, differing, named
 from scripts.reporting.runs import Run, read_run
 from scripts.reproducing.reproduction import Reproduction, ReproductionError, folder

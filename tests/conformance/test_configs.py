@@ -2,9 +2,9 @@
 
 import pytest
 
-from mneme.harness.compose import CONFIG_DIR, compose_checked
-from mneme.harness.jobs import start_run
-from mneme.harness.metrics_file import read_metrics
+from mneme.harness.config.compose import CONFIG_DIR, compose_checked
+from mneme.harness.run.jobs import start_run
+from mneme.harness.run.metrics_file import read_metrics
 
 SMALL = (
     "logger=csv",

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mneme.harness.build import build
-from mneme.harness.compose import CONFIG_DIR, compose_checked
+from mneme.harness.config.build import build
+from mneme.harness.config.compose import CONFIG_DIR, compose_checked
 from mneme.layers import GENERIC, HierarchicalFFN, detach_state, state_tensors
 from mneme.models import budget
 from mneme.models.parameter_groups import make_optimizer

@@ -8,8 +8,8 @@ from operator import attrgetter
 import pytest
 
 from mneme import layers
-from mneme.harness.build import build
-from mneme.harness.compose import compose_group
+from mneme.harness.config.build import build
+from mneme.harness.config.compose import compose_group
 from mneme.ops import test_time
 
 MIXERS = {

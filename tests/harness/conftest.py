@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mneme.harness.compose import compose_checked
-from mneme.harness.jobs import start_run
+from mneme.harness.config.compose import compose_checked
+from mneme.harness.run.jobs import start_run
 
 ROOT = Path(__file__).parents[2]
 

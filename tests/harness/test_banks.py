@@ -7,16 +7,16 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import Precision
 
-from mneme.harness import anchor
-from mneme.harness.build import build
-from mneme.harness.check import ConfigError
-from mneme.harness.checkpoints import Interrupted, model_weights, read_checkpoint
-from mneme.harness.compose import compose_checked
-from mneme.harness.evaluation import check_fit, evaluate, restore_model
-from mneme.harness.jobs import resume_run, start_run
-from mneme.harness.metrics_file import read_metrics
-from mneme.harness.run_directory import RunDirectory, TaskMismatchError
-from mneme.harness.training import prepare
+from mneme.harness.config.build import build
+from mneme.harness.config.check import ConfigError
+from mneme.harness.config.compose import compose_checked
+from mneme.harness.evaluate.evaluation import check_fit, evaluate, restore_model
+from mneme.harness.run import anchor
+from mneme.harness.run.checkpoints import Interrupted, model_weights, read_checkpoint
+from mneme.harness.run.jobs import resume_run, start_run
+from mneme.harness.run.metrics_file import read_metrics
+from mneme.harness.run.run_directory import RunDirectory, TaskMismatchError
+from mneme.harness.run.training import prepare
 from mneme.layers import BankOptions, HierarchicalFFN, ProductKeyMemory
 from mneme.models import LanguageModel
 from mneme.models.bank import anchor_hash, read_manifest, verify_bank
@@ -130,7 +130,7 @@ def test_a_run_that_was_stopped_goes_on_without_its_anchor(
     copy = shutil.copytree(dense.path, tmp_path / "copy")
     stopped = RunDirectory(tmp_path / "stopped")
     with monkeypatch.context() as patch:
-        patch.setattr("mneme.harness.checkpoints.StopOnSignal.end_of_step", stop_at_the_fourth)
+        patch.setattr("mneme.harness.run.checkpoints.StopOnSignal.end_of_step", stop_at_the_fourth)
         with pytest.raises(Interrupted):
             train(stopped.path, *ALONE, DROPOUT, f"start_from={copy}", "save_bank_every=4")
     assert read_manifest(stopped.bank).facts["step"] == 4

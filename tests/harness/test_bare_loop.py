@@ -8,14 +8,14 @@ import torch
 from lightning.pytorch import Callback
 from torch.nn import functional as F
 
-from mneme.harness import provenance, stopwatch
-from mneme.harness.checkpoints import load_weights, read_checkpoint
-from mneme.harness.compose import compose_checked
-from mneme.harness.eval_command import evaluate_command
-from mneme.harness.jobs import resume_run, start_run
-from mneme.harness.metrics_file import read_metrics
-from mneme.harness.run_directory import RunDirectory
-from mneme.harness.training import prepare, train
+from mneme.harness.config.compose import compose_checked
+from mneme.harness.evaluate.eval_command import evaluate_command
+from mneme.harness.run import provenance, stopwatch
+from mneme.harness.run.checkpoints import load_weights, read_checkpoint
+from mneme.harness.run.jobs import resume_run, start_run
+from mneme.harness.run.metrics_file import read_metrics
+from mneme.harness.run.run_directory import RunDirectory
+from mneme.harness.run.training import prepare, train
 from mneme.models import SequenceModule
 from tests.harness.conftest import TINY
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from omegaconf import OmegaConf
 
-from mneme.harness.build import build
-from mneme.harness.check import ConfigError
-from mneme.harness.compose import (
+from mneme.harness.config.build import build
+from mneme.harness.config.check import ConfigError
+from mneme.harness.config.compose import (
     CONFIG_DIR,
     check_sweep,
     checked,
@@ -15,8 +15,8 @@ from mneme.harness.compose import (
     compose_group,
     parse_overrides,
 )
-from mneme.layers.table import SharedTable, Table
-from mneme.layers.ultra_mem import ONE_QUERY, QUERY_PER_RANK
+from mneme.layers.sparse.table import SharedTable, Table
+from mneme.layers.sparse.ultra_mem import ONE_QUERY, QUERY_PER_RANK
 
 
 def problems_of(*overrides: str) -> list[str]:

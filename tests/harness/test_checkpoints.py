@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mneme.harness.check import ConfigError
-from mneme.harness.checkpoints import Checkpoints, checkpoint_config, read_checkpoint
-from mneme.harness.eval_command import evaluate_command
-from mneme.harness.jobs import resume_run
-from mneme.harness.run_directory import (
+from mneme.harness.config.check import ConfigError
+from mneme.harness.evaluate.eval_command import evaluate_command
+from mneme.harness.run.checkpoints import Checkpoints, checkpoint_config, read_checkpoint
+from mneme.harness.run.jobs import resume_run
+from mneme.harness.run.run_directory import (
     RunDirectory,
     RunError,
     find_run,

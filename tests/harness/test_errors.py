@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 
-from mneme.harness.check import ConfigError
-from mneme.harness.checkpoints import read_checkpoint
 from mneme.harness.cli import report_errors
-from mneme.harness.eval_command import evaluate_command
+from mneme.harness.config.check import ConfigError
+from mneme.harness.evaluate.eval_command import evaluate_command
+from mneme.harness.run.checkpoints import read_checkpoint
 from mneme.models.diagnosis import NonFiniteError
 from tests.harness.conftest import ROOT, TINY, environment, program
 

@@ -6,15 +6,15 @@ from functools import partial
 import pytest
 from lightning.pytorch.plugins.precision import Precision
 
-from mneme.harness.build import build
-from mneme.harness.check import ConfigError
-from mneme.harness.checkpoints import read_checkpoint
-from mneme.harness.compose import compose_checked
-from mneme.harness.eval_command import evaluate_command
-from mneme.harness.evaluation import evaluate, restore_model
-from mneme.harness.jobs import start_run
-from mneme.harness.run_directory import TaskMismatchError
-from mneme.harness.training import build_model
+from mneme.harness.config.build import build
+from mneme.harness.config.check import ConfigError
+from mneme.harness.config.compose import compose_checked
+from mneme.harness.evaluate.eval_command import evaluate_command
+from mneme.harness.evaluate.evaluation import evaluate, restore_model
+from mneme.harness.run.checkpoints import read_checkpoint
+from mneme.harness.run.jobs import start_run
+from mneme.harness.run.run_directory import TaskMismatchError
+from mneme.harness.run.training import build_model
 
 
 def test_a_run_is_evaluated_at_its_length_and_longer(train_tiny, capsys):

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from mneme.harness.metrics_file import read_metrics
-from mneme.harness.run_directory import RunDirectory
+from mneme.harness.run.metrics_file import read_metrics
+from mneme.harness.run.run_directory import RunDirectory
 from mneme.models.bank import read_manifest, verify_bank
 from tests.harness.conftest import TINY, program, start
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import mneme
-from mneme.harness.compose import compose_checked
-from mneme.harness.jobs import start_run
-from mneme.harness.run_directory import RunError
+from mneme.harness.config.compose import compose_checked
+from mneme.harness.run.jobs import start_run
+from mneme.harness.run.run_directory import RunError
 from mneme.models import generate
 from scripts.sample import sample
 from tests.harness.conftest import TINY
@@ -66,7 +66,8 @@ def test_characters_come_whole(run, monkeypatch):
     ids = [*run.tokenizer.encode("straße").tolist(), *run.tokenizer.encode("ñ").tolist()]
     said = iter([[token] for token in ids])
     monkeypatch.setattr(
-        "mneme.harness.loading.generate", lambda *_, **__: (torch.tensor([next(said)]), None)
+        "mneme.harness.evaluate.loading.generate",
+        lambda *_, **__: (torch.tensor([next(said)]), None),
     )
     pieces = list(run.stream("a", len(ids)))
     assert "".join(pieces) == "straßeñ"

@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from mneme.harness.check import ConfigError
-from mneme.harness.jobs import resume_run
-from mneme.harness.metrics_file import read_metrics
-from mneme.harness.run_directory import RunDirectory, RunError
-from mneme.harness.run_lock import LOCK, alone
+from mneme.harness.config.check import ConfigError
+from mneme.harness.run.jobs import resume_run
+from mneme.harness.run.metrics_file import read_metrics
+from mneme.harness.run.run_directory import RunDirectory, RunError
+from mneme.harness.run.run_lock import LOCK, alone
 from tests.harness.conftest import TINY, start
 
 
@@ -53,7 +53,7 @@ def test_a_run_that_trains_is_neither_resumed_nor_started_again(tmp_path, train_
 
 def test_the_lock_goes_to_one_of_two_new_runs(train_tiny, monkeypatch):
     """The second has passed its first look at the directory when the first one takes it."""
-    from mneme.harness import jobs
+    from mneme.harness.run import jobs
 
     original = jobs.prepare
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from mneme.harness import loggers
-from mneme.harness.metrics_file import MetricsFile, read_metrics
-from mneme.harness.run_directory import RunDirectory
+from mneme.harness.run.metrics_file import MetricsFile, read_metrics
+from mneme.harness.run.run_directory import RunDirectory
 from tests.harness.conftest import ROOT
 
 
@@ -45,7 +45,7 @@ def test_a_new_run_starts_an_empty_file(tmp_path):
 
 
 def test_training_imports_no_dashboard(tmp_path):
-    code = "import sys, train, mneme.harness.training; print('wandb' in sys.modules)"
+    code = "import sys, train, mneme.harness.run.training; print('wandb' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -7,10 +7,10 @@ import random
 import pytest
 import sentencepiece
 
-from mneme.harness.check import ConfigError
-from mneme.harness.compose import compose_checked
-from mneme.harness.eval_command import evaluate_command
-from mneme.harness.jobs import start_run
+from mneme.harness.config.check import ConfigError
+from mneme.harness.config.compose import compose_checked
+from mneme.harness.evaluate.eval_command import evaluate_command
+from mneme.harness.run.jobs import start_run
 from scripts.report import report
 from scripts.reporting.runs import read_run
 from tests.harness.conftest import TINY

@@ -2,8 +2,8 @@
 
 import json
 
-from mneme.harness.compose import claim_sweep
-from mneme.harness.run_directory import claim_by_time
+from mneme.harness.config.compose import claim_sweep
+from mneme.harness.run.run_directory import claim_by_time
 from tests.harness.conftest import TINY, start
 
 

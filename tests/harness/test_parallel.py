@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 
-from mneme.harness.checkpoints import read_checkpoint
-from mneme.harness.metrics_file import read_metrics
-from mneme.harness.run_directory import RunDirectory
+from mneme.harness.run.checkpoints import read_checkpoint
+from mneme.harness.run.metrics_file import read_metrics
+from mneme.harness.run.run_directory import RunDirectory
 from tests.harness.conftest import TINY, program, start
 from tests.helpers import assert_close
 

@@ -8,14 +8,14 @@ import torch
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 
-from mneme.harness.build import build
-from mneme.harness.checkpoints import model_weights, read_checkpoint
-from mneme.harness.compose import compose_checked
-from mneme.harness.eval_command import evaluate_command
-from mneme.harness.evaluation import restore_model
-from mneme.harness.jobs import start_run
-from mneme.harness.run_directory import RunDirectory
-from mneme.harness.training import build_model
+from mneme.harness.config.build import build
+from mneme.harness.config.compose import compose_checked
+from mneme.harness.evaluate.eval_command import evaluate_command
+from mneme.harness.evaluate.evaluation import restore_model
+from mneme.harness.run.checkpoints import model_weights, read_checkpoint
+from mneme.harness.run.jobs import start_run
+from mneme.harness.run.run_directory import RunDirectory
+from mneme.harness.run.training import build_model
 from mneme.models import LanguageModel
 from scripts import delete_blocks, demo, serve_bank, store_tables
 from tests.harness.conftest import TINY

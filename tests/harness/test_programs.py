@@ -11,7 +11,7 @@ import pytest
 
 import train
 from mneme.harness.cli import report_errors
-from mneme.harness.compose import CONFIG_DIR
+from mneme.harness.config.compose import CONFIG_DIR
 from tests.harness.conftest import ROOT, TINY, program
 
 

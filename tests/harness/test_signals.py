@@ -15,12 +15,12 @@ import traceback
 import pytest
 import torch
 
-from mneme.harness import evaluation
 from mneme.harness.cli import report_errors
-from mneme.harness.eval_command import evaluate_command
-from mneme.harness.jobs import resume_run
-from mneme.harness.metrics_file import read_metrics
-from mneme.harness.run_directory import RunDirectory
+from mneme.harness.evaluate import evaluation
+from mneme.harness.evaluate.eval_command import evaluate_command
+from mneme.harness.run.jobs import resume_run
+from mneme.harness.run.metrics_file import read_metrics
+from mneme.harness.run.run_directory import RunDirectory
 from mneme.models import clipping, lightning_module, parameter_groups
 from tests.harness.conftest import ROOT, TINY, environment
 
@@ -37,7 +37,7 @@ def train(*arguments):
 
 def evaluate(*arguments):
     """What `python eval.py` does."""
-    from mneme.harness.signals import listen
+    from mneme.harness.run.signals import listen
 
     listen()
     evaluate_command(arguments)

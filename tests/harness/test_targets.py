@@ -2,10 +2,10 @@
 
 import pytest
 
-from mneme.harness.build import build
-from mneme.harness.check import ConfigError
-from mneme.harness.compose import compose_checked
-from mneme.harness.targets import TargetError, resolve_target
+from mneme.harness.config.build import build
+from mneme.harness.config.check import ConfigError
+from mneme.harness.config.compose import compose_checked
+from mneme.harness.config.targets import TargetError, resolve_target
 from mneme.layers import GatedDeltaNet
 
 
@@ -17,7 +17,7 @@ from mneme.layers import GatedDeltaNet
         "builtins.eval",
         "torch.load",
         "torch.hub.load",
-        "mneme.harness.run_directory.RunDirectory",
+        "mneme.harness.run.run_directory.RunDirectory",
         "layersx.Evil",
         7,
         None,

@@ -9,16 +9,16 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import Precision
 
-from mneme.harness.build import build
-from mneme.harness.check import ConfigError
-from mneme.harness.checkpoints import read_checkpoint
-from mneme.harness.compose import compose_checked
-from mneme.harness.eval_command import evaluate_command
-from mneme.harness.evaluation import evaluate, restore_model
-from mneme.harness.jobs import start_run
-from mneme.harness.run_directory import RunError, TaskMismatchError
-from mneme.harness.surprise_page import Section, Token, page
-from mneme.harness.telemetry import PIECE, record_trace, tokens_of
+from mneme.harness.config.build import build
+from mneme.harness.config.check import ConfigError
+from mneme.harness.config.compose import compose_checked
+from mneme.harness.evaluate.eval_command import evaluate_command
+from mneme.harness.evaluate.evaluation import evaluate, restore_model
+from mneme.harness.evaluate.surprise_page import Section, Token, page
+from mneme.harness.evaluate.telemetry import PIECE, record_trace, tokens_of
+from mneme.harness.run.checkpoints import read_checkpoint
+from mneme.harness.run.jobs import start_run
+from mneme.harness.run.run_directory import RunError, TaskMismatchError
 from mneme.layers import recording
 from mneme.tasks import ByteTokenizer, LocalFiles, Text
 

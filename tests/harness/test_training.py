@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mneme.harness.check import ConfigError
-from mneme.harness.compose import compose_checked
-from mneme.harness.jobs import start_run
-from mneme.harness.metrics_file import read_metrics
+from mneme.harness.config.check import ConfigError
+from mneme.harness.config.compose import compose_checked
+from mneme.harness.run.jobs import start_run
+from mneme.harness.run.metrics_file import read_metrics
 from mneme.models.diagnosis import NonFiniteError
 from tests.harness.conftest import TINY
 

@@ -6,18 +6,18 @@ import shutil
 import pytest
 import torch
 
-from mneme.harness.build import build
-from mneme.harness.check import ConfigError
-from mneme.harness.checkpoints import read_checkpoint
-from mneme.harness.compose import compose_checked
-from mneme.harness.eval_command import evaluate_command
-from mneme.harness.jobs import resume_run
-from mneme.harness.metrics_file import read_metrics
-from mneme.harness.resume_check import resume_problems
-from mneme.harness.run_directory import RunDirectory, RunError, find_run
-from mneme.harness.schema import check_config
-from mneme.harness.targets import TargetError, resolve_target
-from mneme.harness.training import prepare
+from mneme.harness.config.build import build
+from mneme.harness.config.check import ConfigError
+from mneme.harness.config.compose import compose_checked
+from mneme.harness.config.schema import check_config
+from mneme.harness.config.targets import TargetError, resolve_target
+from mneme.harness.evaluate.eval_command import evaluate_command
+from mneme.harness.run.checkpoints import read_checkpoint
+from mneme.harness.run.jobs import resume_run
+from mneme.harness.run.metrics_file import read_metrics
+from mneme.harness.run.resume_check import resume_problems
+from mneme.harness.run.run_directory import RunDirectory, RunError, find_run
+from mneme.harness.run.training import prepare
 from mneme.models.bank import BankError, read_manifest
 from mneme.routers import Router, RouterError
 from mneme.tasks.facts.words import Words
@@ -29,7 +29,7 @@ ACCUMULATING = ("trainer.accumulate_grad_batches=2", "trainer.val_check_interval
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of three of its six steps, never changed."""
-    from mneme.harness.jobs import start_run
+    from mneme.harness.run.jobs import start_run
 
     path = tmp_path_factory.mktemp("trained") / "run"
     run, _ = start_run(compose_checked([*TINY, *ACCUMULATING, f"run_dir={path}"]))

@@ -9,17 +9,17 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from mneme.harness import eval_command
-from mneme.harness.build import build
-from mneme.harness.check import ConfigError
-from mneme.harness.checkpoints import read_checkpoint
-from mneme.harness.compose import compose_checked
-from mneme.harness.eval_command import evaluate_command
-from mneme.harness.evaluation import restore_model
-from mneme.harness.jobs import start_run
-from mneme.harness.metrics_file import read_metrics
-from mneme.harness.run_directory import RunError, TaskMismatchError
-from mneme.harness.usage_page import HEIGHT, LEFT, TOP, WIDTH, write_usage
+from mneme.harness.config.build import build
+from mneme.harness.config.check import ConfigError
+from mneme.harness.config.compose import compose_checked
+from mneme.harness.evaluate import eval_command
+from mneme.harness.evaluate.eval_command import evaluate_command
+from mneme.harness.evaluate.evaluation import restore_model
+from mneme.harness.evaluate.usage_page import HEIGHT, LEFT, TOP, WIDTH, write_usage
+from mneme.harness.run.checkpoints import read_checkpoint
+from mneme.harness.run.jobs import start_run
+from mneme.harness.run.metrics_file import read_metrics
+from mneme.harness.run.run_directory import RunError, TaskMismatchError
 from mneme.layers import ProductKeyMemory, Usage, UsageMeter, metering, with_shared_tables
 from mneme.models import LanguageModel, SequenceModule
 from mneme.models.schedules import Constant

@@ -12,7 +12,7 @@ from mneme.layers import (
     RopeScaling,
     SoftmaxAttention,
 )
-from mneme.layers.cross_decoder import CrossAttention
+from mneme.layers.hybrid.cross_decoder import CrossAttention
 from tests.helpers import assert_close, run_in_pieces
 
 WIDTH = 16

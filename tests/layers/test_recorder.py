@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from mneme.layers.recorder import Slot
+from mneme.layers.parts.recorder import Slot
 
 
 def test_the_innermost_listener_hears_and_the_outer_one_is_back_afterwards():

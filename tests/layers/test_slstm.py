@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from mneme.layers import SLSTM
-from mneme.layers.slstm import FORGET_BIAS
+from mneme.layers.recurrent.slstm import FORGET_BIAS
 from mneme.models.parameter_groups import parameter_groups
 from mneme.ops.lstm import lstm_naive
 from mneme.ops.slstm import slstm_naive

@@ -8,7 +8,10 @@ import torch
 from torch import nn
 
 from mneme.layers import PEER, ProductKeyMemory, TableOptions, UltraMem
-from mneme.layers.quantised_rows import (
+from mneme.layers.sparse.stored_table import Reads, StoredTable, replace_tables, store_tables
+from mneme.layers.sparse.table import Table
+from mneme.models import LanguageModel
+from mneme.storage.quantized_rows import (
     BLOCK_ROWS,
     Layout,
     TableFileError,
@@ -16,9 +19,6 @@ from mneme.layers.quantised_rows import (
     encode,
     write_table,
 )
-from mneme.layers.stored_table import Reads, StoredTable, replace_tables, store_tables
-from mneme.layers.table import Table
-from mneme.models import LanguageModel
 
 BITS = pytest.mark.parametrize("bits", [8, 4])
 DENSE = TableOptions(update="dense")
@@ -128,7 +128,7 @@ def test_any_number_of_axes_and_no_tokens(file):
 
 
 def test_a_call_of_many_rows_is_answered_part_by_part(file, monkeypatch):
-    monkeypatch.setattr("mneme.layers.stored_table._LARGEST", 60)  # numbers of 12 rows
+    monkeypatch.setattr("mneme.layers.sparse.stored_table._LARGEST", 60)  # numbers of 12 rows
     stored, table = StoredTable(file, cache_bytes=0), table_of(decoded(normal(50, 5), 4))
     parts, decoding = [], stored._decoded
     monkeypatch.setattr(stored, "_decoded", lambda rows: parts.append(len(rows)) or decoding(rows))

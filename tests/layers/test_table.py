@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mneme.layers import LAYERS, MLP, ProductKeyMemory, TableOptions, bind_shared_tables
-from mneme.layers.table import Table, make_table
+from mneme.layers.sparse.table import Table, make_table
 from mneme.models import LanguageModel, budget, make_optimizer
 from tests.helpers import assert_close, assert_order_of_tokens_means_nothing
 

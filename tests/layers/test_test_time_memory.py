@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mneme.harness.build import build
-from mneme.harness.compose import CONFIG_DIR, compose_checked
+from mneme.harness.config.build import build
+from mneme.harness.config.compose import CONFIG_DIR, compose_checked
 from mneme.layers import Features, Forgetting, Learner, TestTimeMemory, recording, state_tensors
-from mneme.layers.test_time_parts import PolynomialFeatures
+from mneme.layers.test_time.test_time_parts import PolynomialFeatures
 from mneme.ops.test_time import MLP, Matrix, Slots, UnitSlots
 from tests.helpers import assert_close, run_in_pieces
 

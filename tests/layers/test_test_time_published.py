@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mneme.harness.build import build
-from mneme.harness.compose import compose_checked
+from mneme.harness.config.build import build
+from mneme.harness.config.compose import compose_checked
 from mneme.ops.test_time import newton_schulz
 from tests.helpers import assert_close
 

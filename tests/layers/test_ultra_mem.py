@@ -12,8 +12,8 @@ from mneme.layers import (
     UltraMemV2,
     bind_shared_tables,
 )
-from mneme.layers.ultra_mem import QUERY_PER_RANK, matched_std
-from mneme.layers.ultra_mem_keys import TuckerKeys, VirtualSlots, unevenness
+from mneme.layers.sparse.ultra_mem import QUERY_PER_RANK, matched_std
+from mneme.layers.sparse.ultra_mem_keys import TuckerKeys, VirtualSlots, unevenness
 from mneme.ops.tucker import Leading, leading_vectors
 from tests.helpers import assert_parameter_gradients_are_right
 

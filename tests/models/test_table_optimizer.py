@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mneme.harness.checkpoints import Interrupted, read_checkpoint
-from mneme.harness.compose import compose_checked
-from mneme.harness.jobs import resume_run, start_run
-from mneme.harness.metrics_file import read_metrics
+from mneme.harness.config.compose import compose_checked
+from mneme.harness.run.checkpoints import Interrupted, read_checkpoint
+from mneme.harness.run.jobs import resume_run, start_run
+from mneme.harness.run.metrics_file import read_metrics
 from mneme.layers import Policy
 from mneme.models.parameter_groups import make_optimizer, parameter_groups, row_updated
 from mneme.models.row_gradients import coalesced, row_gradient
@@ -406,7 +406,9 @@ def test_a_run_with_tables_resumes_as_if_it_had_never_stopped(tmp_path, monkeypa
             runs[name], _ = start_run(composed)
             continue
         with monkeypatch.context() as patch:
-            patch.setattr("mneme.harness.checkpoints.StopOnSignal.end_of_step", stop_at_the_third)
+            patch.setattr(
+                "mneme.harness.run.checkpoints.StopOnSignal.end_of_step", stop_at_the_third
+            )
             with pytest.raises(Interrupted):
                 start_run(composed)
         runs[name] = type(runs["whole"])(tmp_path / name)

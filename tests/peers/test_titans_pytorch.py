@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mneme.layers import TestTimeMemory
-from mneme.layers.norm import L2_NORM_EPS
+from mneme.layers.parts.norm import L2_NORM_EPS
 from tests.helpers import assert_close, run_in_pieces
 from tests.peers.compare import assert_same, peer
 from tests.peers.mappings.titans_pytorch import neural_memory_options, neural_memory_weights

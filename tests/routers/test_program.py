@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from mneme.harness.run_directory import RunError
+from mneme.harness.run.run_directory import RunError
 from mneme.routers import HashedTfidf, Router, report
 from scripts import route
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mneme.layers.memory_bank import BankShape
+from mneme.layers.bank.memory_bank import BankShape
 from mneme.models.bank import BankError, StoredBank, read_manifest
 from mneme.models.bank.layout import PAGE
 from mneme.models.bank.reading import Direct, Pread

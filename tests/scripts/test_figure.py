@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mneme.harness.metrics_file import MetricsFile
-from mneme.harness.run_directory import RunDirectory
+from mneme.harness.run.metrics_file import MetricsFile
+from mneme.harness.run.run_directory import RunDirectory
 from scripts.figure import COLOURS, bucket, chosen_lines, figure
 from scripts.reporting.rows import make_rows
 from scripts.reporting.runs import ReportError, find_runs

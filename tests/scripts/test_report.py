@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from mneme.harness.cli import report_errors
-from mneme.harness.compose import compose_checked
-from mneme.harness.eval_command import evaluate_command
-from mneme.harness.jobs import start_run
-from mneme.harness.metrics_file import read_metrics
-from mneme.harness.run_directory import RunDirectory
+from mneme.harness.config.compose import compose_checked
+from mneme.harness.evaluate.eval_command import evaluate_command
+from mneme.harness.run.jobs import start_run
+from mneme.harness.run.metrics_file import read_metrics
+from mneme.harness.run.run_directory import RunDirectory
 from mneme.models.diagnosis import NonFiniteError
 from scripts.report import report
 from scripts.reporting.columns import number, together

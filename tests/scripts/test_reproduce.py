@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 import train
-from mneme.harness.check import ConfigError
 from mneme.harness.cli import report_errors
-from mneme.harness.compose import compose_checked
-from mneme.harness.metrics_file import read_metrics
-from mneme.harness.run_directory import RunDirectory
+from mneme.harness.config.check import ConfigError
+from mneme.harness.config.compose import compose_checked
+from mneme.harness.run.metrics_file import read_metrics
+from mneme.harness.run.run_directory import RunDirectory
 from scripts.reproduce import main
 from scripts.reproducing import processes, reproduction
 from scripts.reproducing.grid import Grid, Job

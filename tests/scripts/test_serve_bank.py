@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 
 import mneme
-from mneme.harness.build import build
-from mneme.harness.checkpoints import checkpoint_config, read_checkpoint
 from mneme.harness.cli import report_errors
-from mneme.harness.evaluation import evaluate, restore_model
-from mneme.harness.run_directory import RunDirectory, RunError
-from mneme.harness.serving import answer, load
+from mneme.harness.config.build import build
+from mneme.harness.evaluate.evaluation import evaluate, restore_model
+from mneme.harness.evaluate.serving import answer, load
+from mneme.harness.run.checkpoints import checkpoint_config, read_checkpoint
+from mneme.harness.run.run_directory import RunDirectory, RunError
 from mneme.layers import GENERIC, BankShape
 from mneme.models import generate
 from mneme.models.bank import StoredBank

@@ -5,14 +5,14 @@ import shutil
 import pytest
 import torch
 
-from mneme.harness.build import build
-from mneme.harness.checkpoints import checkpoint_config, read_checkpoint
-from mneme.harness.compose import compose_checked
-from mneme.harness.evaluation import restore_model
-from mneme.harness.jobs import start_run
-from mneme.harness.run_directory import RunDirectory, RunError
+from mneme.harness.config.build import build
+from mneme.harness.config.compose import compose_checked
+from mneme.harness.evaluate.evaluation import restore_model
+from mneme.harness.run.checkpoints import checkpoint_config, read_checkpoint
+from mneme.harness.run.jobs import start_run
+from mneme.harness.run.run_directory import RunDirectory, RunError
 from mneme.layers import replace_tables
-from mneme.layers.quantised_rows import BLOCK_ROWS, TableFile, TableFileError
+from mneme.storage.quantized_rows import BLOCK_ROWS, TableFile, TableFileError
 from scripts import store_tables
 from scripts.store_tables import MODEL, export, served_model
 from tests.harness.conftest import TINY

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import LightningModule, Trainer
 
-from mneme.harness.data import TaskData
+from mneme.harness.run.data import TaskData
 from mneme.tasks import ZipfFacts
 from mneme.tasks.batch import IGNORE, Batch
 from mneme.tasks.facts import FactMetrics, Told, World, make_world, tell

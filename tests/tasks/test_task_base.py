@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mneme.harness.data import TaskData
+from mneme.harness.run.data import TaskData
 from mneme.tasks import MQAR, ForgettingMQAR, Needle
 from mneme.tasks.base import STREAMS
 from mneme.tasks.batch import IGNORE, deal

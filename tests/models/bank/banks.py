@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mneme.layers.memory_bank import BankShape
+from mneme.layers.bank.memory_bank import BankShape
 from mneme.models.bank import Manifest, write_bank
 
 SHAPE = BankShape(places=2, branching=2, hidden=(3, 0, 2), width=5)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from mneme.harness.run_directory import RunError
+from mneme.harness.run.run_directory import RunError
 from mneme.layers import BankOptions, MemoryBank
-from mneme.layers.memory_bank import GENERIC
+from mneme.layers.bank.memory_bank import GENERIC
 from mneme.models import make_optimizer
 from mneme.models.bank import BankError, anchor_hash
 from mneme.models.bank.attach import attach_bank

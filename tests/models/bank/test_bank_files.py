@@ -12,7 +12,7 @@ import torch
 import xxhash
 from torch import nn
 
-from mneme.layers.memory_bank import BankShape
+from mneme.layers.bank.memory_bank import BankShape
 from mneme.models.bank import (
     BankError,
     LevelFile,

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mneme.layers import HierarchicalFFN, SoftmaxAttention
-from mneme.layers.memory_bank import GENERIC, BankOptions, BankShape, MemoryBank
+from mneme.layers.bank.memory_bank import GENERIC, BankOptions, BankShape, MemoryBank
 from mneme.models import LanguageModel
 from mneme.models.bank import (
     BankError,

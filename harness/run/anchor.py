@@ -1,0 +1,84 @@
+"""Starting a run from the weights of another: an anchor, which a memory bank is added to."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mneme.harness.config.check import ConfigError
+from mneme.harness.run.checkpoints import (
+    BANK,
+    check_router,
+    checkpoint_vocabulary,
+    misfits,
+    model_weights,
+    read_checkpoint,
+)
+from mneme.harness.run.run_directory import RunError, find_run
+from mneme.models import LanguageModel
+from mneme.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Where the weights of an anchor come from.
+
+    Attributes:
+        path: a checkpoint.
+        step: the updates behind it.
+    """
+
+    path: Path
+    step: int
+
+
+def start_from(where: str, model: LanguageModel, task: Task) -> Anchor:
+    """Gives a model the weights of another run.
+
+    All of them must find their place, by name and shape, and all of the model's own must be among
+    them; only those of a bank may be new. So the model with a bank may start from one without.
+
+    Args:
+        where: a run directory, for its best checkpoint, or a checkpoint.
+        model: which is changed.
+        task: which it will be trained on; the anchor must know the same vocabulary.
+
+    Raises:
+        ConfigError: there is no such run, or it does not fit. The model is as it was.
+    """
+    try:
+        run, file = find_run(where)
+        path = file or run.best
+        checkpoint = read_checkpoint(path)
+        check_router(checkpoint, task)
+        weights = model_weights(checkpoint)
+    except RunError as error:
+        raise ConfigError([f"start_from: {error}"]) from error
+    problems = [*_other_words(checkpoint, task), *misfits(weights, model, may_be_new=BANK)]
+    if problems:
+        lines = "".join(f"\n    {problem}" for problem in problems)
+        raise ConfigError([f"start_from: {path} is not an anchor for this model:{lines}"])
+    model.load_state_dict(weights, strict=False)
+    return Anchor(path, int(checkpoint["global_step"]))
+
+
+def freeze_all_but_bank(model: LanguageModel) -> None:
+    """Leaves only the bank to be trained.
+
+    All else has no gradient and is in evaluation mode, as norms and keys may follow what they read
+    in training: it stays the same to the bit.
+    """
+    assert model.bank is not None, "the config was checked"
+    model.requires_grad_(False)
+    model.bank.requires_grad_(True)
+    for part in model.children():
+        part.train(part is model.bank)
+
+
+def _other_words(checkpoint: dict[str, Any], task: Task) -> Iterator[str]:
+    theirs = checkpoint_vocabulary(checkpoint)
+    if theirs != task.vocabulary:
+        yield (
+            f"it was trained on the vocabulary {theirs[:12]!r}, and the task {task.name!r} has "
+            f"{task.vocabulary[:12]!r}: token ids would mean something else"
+        )

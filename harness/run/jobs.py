@@ -1,0 +1,176 @@
+"""Starting, sweeping and resuming runs from the command line."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from mneme.harness.config.check import Config, ConfigError
+from mneme.harness.config.compose import Composed
+from mneme.harness.config.schema import check_config, options
+from mneme.harness.run.checkpoints import check_router, check_same_run, read_checkpoint
+from mneme.harness.run.console import reference_line, say
+from mneme.harness.run.metrics_file import read_metrics
+from mneme.harness.run.resume_check import resume_problems
+from mneme.harness.run.run_directory import (
+    RunDirectory,
+    RunError,
+    find_run,
+    new_run_directory,
+    refuse_occupied,
+)
+from mneme.harness.run.run_lock import alone
+from mneme.harness.run.training import Prepared, prepare, train
+
+
+def start_run(composed: Composed) -> tuple[RunDirectory, dict[str, Any]]:
+    """Trains a checked config in a run directory of its own, and says where that is.
+
+    Returns:
+        The run directory and the summary.
+    """
+    chosen = options(composed.config)
+    refuse_occupied(chosen.run_dir)
+    prepared = prepare(composed.config)
+    run = new_run_directory(chosen.run_dir, composed.choices, chosen.seed)
+    with alone(run.path):
+        refuse_occupied(str(run.path))  # once more, now that no other process can take it
+        return run, _start(run, composed, prepared)
+
+
+def _start(run: RunDirectory, composed: Composed, prepared: Prepared) -> dict[str, Any]:
+    """Trains in a directory that is this process's alone."""
+    run.write_config(composed.config)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    run.write_summary(choices=dict(composed.choices), started=started)
+    summary = train(prepared, run)
+    _report(run, prepared, summary)
+    return summary
+
+
+def start_job(composed: Composed) -> None:
+    """Trains one job of a sweep; it may fail without hiding the others."""
+    hydra = HydraConfig.get()
+    if hydra.mode != RunMode.MULTIRUN:
+        start_run(composed)
+        return
+    path = hydra.runtime.output_dir
+    overrides = [override.lstrip("+") for override in hydra.overrides.task]
+    composed = replace(composed, config={**composed.config, "run_dir": path})
+    try:
+        run = new_run_directory(path, composed.choices, options(composed.config).seed)
+        with alone(run.path):
+            refuse_occupied(path)
+            _start_job(run, composed, overrides)
+    except (ConfigError, RunError) as error:  # the directory is another run's
+        print(f"job {' '.join(overrides)} left out: {error}", file=sys.stderr)
+
+
+def _start_job(run: RunDirectory, composed: Composed, overrides: Sequence[str]) -> None:
+    run.write_summary(status="failed", overrides=overrides)
+    try:
+        _start(run, composed, prepare(composed.config))
+    except Exception as error:  # every other job of the sweep still has its turn
+        run.write_summary(status="failed", error=f"{type(error).__name__}: {error}")
+        print(f"job {' '.join(overrides)} failed: {error}", file=sys.stderr)
+
+
+def resume_run(where: str, others: Sequence[str] = ()) -> None:
+    """Continues the run in a directory as if it had never stopped.
+
+    Raises:
+        RunError: there is no run, another process trains it, it has finished, or its checkpoint
+            cannot be used. Nothing was overwritten then.
+        ConfigError: its config does not fit this version of the project.
+    """
+    if others:
+        raise RunError(
+            f"resume continues a run exactly as it was; leave out {' '.join(others)}, "
+            "or start a new run with those options"
+        )
+    run, checkpoint = find_run(where)
+    if checkpoint not in (None, run.last):
+        raise RunError(f"a run resumes from its last checkpoint; give its directory: {run.path}")
+    config = run.read_config()
+    check_config(config)
+    with alone(run.path):
+        step = _resume_step(run, config)
+        if run.read_summary().get("status") == "finished":
+            raise RunError(f"the run in {run.path} has finished, after {step} steps")
+        prepared = prepare(config, resumed=bool(step))
+        if step:
+            _check_resumable(run.last, prepared)
+        _report(run, prepared, train(prepared, run, resume_step=step))
+
+
+def _check_resumable(path: Path, prepared: Prepared) -> None:
+    checkpoint = read_checkpoint(path, mapped=True)
+    check_router(checkpoint, prepared.task)
+    problems = resume_problems(checkpoint, prepared.config, prepared.model, prepared.task)
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise RunError(
+            f"{path} is not what this run saved; nothing was loaded or overwritten.{lines}\n"
+            "Put the checkpoint back, or start a new run with start_from=CHECKPOINT, which takes "
+            "weights alone"
+        )
+
+
+def _resume_step(run: RunDirectory, config: Config) -> int:
+    """Updates behind the last checkpoint; 0 for a run that was stopped before its first."""
+    if run.last.exists():
+        checkpoint = read_checkpoint(run.last)
+        check_same_run(checkpoint, config, run.last)
+        step, end = int(checkpoint["global_step"]), config["trainer"]["max_steps"]
+        if step > end:
+            raise RunError(f"{run.last} is of step {step}, and the run has {end} steps")
+        return step
+    if read_metrics(run.metrics):
+        raise RunError(
+            f"{run.path} has metrics but no {run.last.name}; resuming would begin again and drop "
+            "them: put the checkpoint back, or start a new run"
+        )
+    return 0
+
+
+class SweepReport(Callback):
+    """Prints one line per job when a sweep ends; a failed job makes the sweep's exit status 1."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Reads the jobs' summaries, wherever they ran."""
+        directories = sorted(Path(config.hydra.sweep.dir).glob("*/summary.json"), key=_job_number)
+        rows = [(path.parent, json.loads(path.read_text())) for path in directories]
+        overrides = [row.get("overrides", []) for _, row in rows]
+        print("\nsweep:")
+        for directory, row in rows:
+            varied = [o for o in row.get("overrides", []) if not all(o in job for job in overrides)]
+            print(f"  {directory}  {' '.join(varied)}  {_outcome(row)}")
+        if any(row.get("status") != "finished" for _, row in rows):
+            sys.exit(1)
+
+
+def _job_number(path: Path) -> tuple[int, str]:
+    name = path.parent.name
+    return (int(name) if name.isdigit() else sys.maxsize, name)
+
+
+def _outcome(row: Mapping[str, Any]) -> str:
+    if row.get("status") != "finished":
+        return f"{row.get('status')}: {' '.join(str(row.get('error')).split())}"
+    main = ("val/accuracy", "val/bits_per_byte", "val/loss")
+    known = {key: row["metrics"].get(key) for key in main}
+    return "  ".join(f"{key}={value:.4f}" for key, value in known.items() if value is not None)
+
+
+def _report(run: RunDirectory, prepared: Prepared, summary: Mapping[str, Any]) -> None:
+    say(_outcome(summary))
+    say(reference_line(prepared.task, "val"))
+    say(f"run directory: {run.path}")

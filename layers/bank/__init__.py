@@ -1,0 +1,1 @@
+"""Feed-forward layers widened by blocks that are fetched for a sequence."""

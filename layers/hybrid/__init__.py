@@ -1,0 +1,1 @@
+"""A memory and attention joined in one layer."""

@@ -1,0 +1,1 @@
+"""Memories that are a matrix per head, written by outer products."""

@@ -1,0 +1,1 @@
+"""Tables and experts of which a token reads a few."""

@@ -1,0 +1,1 @@
+"""Memories whose weights learn from every token."""
