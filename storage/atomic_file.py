@@ -15,7 +15,8 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")  # what `replacing` calls a file 
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of another when all is on disk, and never in part.
 
-    Its permissions are those of any new file.
+    Its permissions are those of any new file. Two processes may write the same path at once: each
+    has a file of its own, and the last to finish wins; readers that have the old one open keep it.
     """
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)

@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from mneme.layers.protocol import require_at_least
 from mneme.storage.atomic_file import replacing
 from mneme.storage.regular_file import open_regular
 
@@ -57,7 +56,8 @@ class Layout:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        require_at_least(1, rows=self.rows, dim=self.dim)
+        if min(self.rows, self.dim) < 1:
+            raise ValueError(f"rows and dim must be 1 or more, got {self.rows} and {self.dim}")
         if self.bits not in _LARGEST_CODE:
             raise ValueError(f"bits must be 8 or 4, got {self.bits}")
 

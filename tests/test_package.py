@@ -1,6 +1,7 @@
 """The project under its one name: as a wheel, and in a checkout with and without links."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,25 @@ def test_an_installed_package_works_and_has_one_name(installed, tmp_path):
 @pytest.mark.parametrize("name", PACKAGES)
 def test_a_bare_name_is_refused(name):
     assert python(ROOT, f"import {name}") == f"ImportError: import mneme.{name}, not {name}"
+
+
+KNOWS = {  # what a package may import from
+    "ops": set(),
+    "storage": set(),
+    "routers": set(),
+    "tasks": {"routers", "storage"},
+    "layers": {"ops", "storage"},
+    "models": {"layers", "ops", "storage", "tasks"},
+    "harness": {"layers", "models", "ops", "routers", "storage", "tasks"},
+}
+
+
+@pytest.mark.parametrize("name", KNOWS)
+def test_imports_run_one_way(name):
+    for file in (ROOT / name).rglob("*.py"):
+        found = re.findall(r"^\s*(?:from|import) mneme\.(\w+)", file.read_text(), re.MULTILINE)
+        assert {*found} <= {*KNOWS[name], name}, file
+        assert not re.search(r"^\s*(from|import) (scripts|tests)\b", file.read_text(), re.MULTILINE)
 
 
 def test_every_package_is_linked():

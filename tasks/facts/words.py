@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mneme.storage.atomic_file import replacing
 from mneme.tasks.recall.sampling import distinct
-from mneme.tasks.text.files import replacing
 
 Ids = NDArray[np.int64]
 

@@ -13,6 +13,7 @@ size fits in memory.
 
 import json
 import logging
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +23,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mneme.storage.atomic_file import replacing
 from mneme.tasks.text.corpus import (
     BLOCK_BYTES,
     Document,
@@ -30,7 +32,6 @@ from mneme.tasks.text.corpus import (
     content_hash,
     split_documents,
 )
-from mneme.tasks.text.files import cache_root, replacing
 from mneme.tasks.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,11 @@ FORMAT = 2  # raise when the meaning of the files changes; older stores are then
 
 # Read in place: an array of uint16, or uint32 where the vocabulary needs it.
 Stream = np.memmap[Any, np.dtype[Any]]
+
+
+def cache_root(cache_dir: str | Path | None = None) -> Path:
+    """Where prepared data are kept: the argument, else `$MNEME_CACHE`, else `~/.cache/mneme`."""
+    return Path(cache_dir or os.environ.get("MNEME_CACHE") or "~/.cache/mneme").expanduser()
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,7 @@ def prepare_store(
     corpus_hash = content_hash(documents)
     splits = split_documents(documents)
     folder = cache_root(cache_dir) / corpus_hash[:16] / tokenizer.key
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.prepare(splits["train"], folder)
     meta = _read_meta(folder)
     problem = "it is missing or damaged"

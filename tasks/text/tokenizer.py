@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mneme.storage.atomic_file import replacing
 from mneme.tasks.text.corpus import Document
-from mneme.tasks.text.files import replacing
 from mneme.tasks.text.learning import END_OF_DOCUMENT, SAMPLE_BYTES, learn_model
 from mneme.tasks.text.sentencepiece_model import (
     SPACE_MARK,
@@ -224,6 +224,7 @@ class SentencePieceTokenizer(Tokenizer):
             whole = False
         if not whole:
             data = learn_model(documents, self.vocab_size)
+            folder.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
                 file.write(data)
             with replacing(checksum) as file:  # after what it is of: half a pair is learnt again

@@ -1,12 +1,11 @@
 import itertools
-import os
 from pathlib import Path
 
 import pytest
 
 from mneme.tasks import LocalFiles, StandardLibrary
 from mneme.tasks.text.corpus import Document, blocks, content_hash, split_documents
-from mneme.tasks.text.files import cache_root, replacing
+from mneme.tasks.text.store import cache_root
 
 
 def names(documents):
@@ -131,23 +130,6 @@ def test_a_corpus_whose_files_all_hash_low_still_trains(monkeypatch):
 def test_too_few_files_are_an_error():
     with pytest.raises(ValueError, match=r"needs at least 3, .* this one has 2"):
         split_documents(many(2))
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "new" / "data.bin"
-    with replacing(path) as file:
-        file.write(b"first")
-        assert not path.exists()
-
-    def die_half_way():
-        with replacing(path) as file:
-            file.write(b"sec")
-            raise RuntimeError("killed half-way")
-
-    with pytest.raises(RuntimeError, match="half-way"):
-        die_half_way()
-    assert path.read_bytes() == b"first"
-    assert os.listdir(path.parent) == ["data.bin"]
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
