@@ -40,11 +40,11 @@ from mneme.layers.matrix.retention import Retention
 from mneme.layers.parts.telemetry import Record, observe, observing, recording
 from mneme.layers.protocol import (
     Layer,
+    LayerFactory,
     LayerList,
     Memory,
     Output,
-    Policy,
-    Recipe,
+    ParamOptions,
     RoutedLayer,
     SavingLayer,
     State,
@@ -78,4 +78,4 @@ from mneme.layers.sparse.ultra_mem import UltraMem, UltraMemV2
 from mneme.layers.sparse.ultra_mem_keys import TuckerScores
 from mneme.layers.sparse.usage import Usage, UsageMeter, metering, reads_tables, with_shared_tables
 from mneme.layers.test_time.test_time_memory import TestTimeMemory
-from mneme.layers.test_time.test_time_parts import Features, Forgetting, Learner, Readout
+from mneme.layers.test_time.test_time_parts import Features, ForgetGate, Learner, Readout

@@ -15,9 +15,9 @@ from mneme.layers.feed_forward import MLP
 from mneme.layers.parts.norm import RMSNorm
 from mneme.layers.protocol import (
     Layer,
+    LayerFactory,
     LayerList,
     Output,
-    Recipe,
     RoutedLayer,
     State,
     join_aux,
@@ -63,13 +63,13 @@ class Residual(_Composite):
         dropout: probability of zeroing an element of the layer's output in training; default 0.0.
     """
 
-    def __init__(self, d_model: int, *, layer: Recipe, dropout: float = 0.0) -> None:
+    def __init__(self, d_model: int, *, layer: LayerFactory, dropout: float = 0.0) -> None:
         super().__init__([layer(d_model)])
         self.norm = RMSNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "b t d"], state: State = None) -> Output:
-        """Adds what the layer makes of the normalised input."""
+        """Adds what the layer makes of the normalized input."""
         (inner,) = self._states(state)
         y, inner, aux = self.parts[0](self.norm(x), inner)
         return Output(x + self.dropout(y), (inner,), aux)
@@ -84,7 +84,7 @@ class Sequential(_Composite):
         layers: recipes, first applied first.
     """
 
-    def __init__(self, d_model: int, *, layers: Sequence[Recipe]) -> None:
+    def __init__(self, d_model: int, *, layers: Sequence[LayerFactory]) -> None:
         super().__init__([layer(d_model) for layer in layers])
 
     def forward(self, x: Float[Tensor, "b t d"], state: State = None) -> Output:
@@ -105,7 +105,7 @@ class Parallel(_Composite):
         layers: recipes of the parts.
     """
 
-    def __init__(self, d_model: int, *, layers: Sequence[Recipe]) -> None:
+    def __init__(self, d_model: int, *, layers: Sequence[LayerFactory]) -> None:
         super().__init__([layer(d_model) for layer in layers])
 
     def forward(self, x: Float[Tensor, "b t d"], state: State = None) -> Output:

@@ -42,17 +42,17 @@ class Output(NamedTuple):
     aux: Mapping[str, Tensor] = NO_AUX
 
 
-class Policy(NamedTuple):
-    """How the optimiser treats a parameter.
+class ParamOptions(NamedTuple):
+    """How the optimizer treats a parameter.
 
     Attributes:
         decays: whether weight decay applies, if it has two axes or more; vectors never decay.
         max_lr: largest learning rate, before the schedule; None for any.
-        update: what one step writes. "dense" is the model's optimiser, on every entry. The others
+        update: what one step writes. "dense" is the model's optimizer, on every entry. The others
             are for tables `[N, D]` and write only the rows that have a gradient: "lazy" is AdamW
             on them, "rowwise" is Adagrad with one accumulator a row (`models/table_optimizer.py`).
-        lr_multiplier: times the optimiser's learning rate, before `max_lr` and the schedule.
-        weight_decay: where it decays, its own weight decay; None for the optimiser's.
+        lr_multiplier: times the optimizer's learning rate, before `max_lr` and the schedule.
+        weight_decay: where it decays, its own weight decay; None for the optimizer's.
         clip_group: name of the gradients whose global norm this one is clipped with; None for the
             main group.
     """
@@ -65,7 +65,7 @@ class Policy(NamedTuple):
     clip_group: str | None = None
 
 
-NO_POLICY = Policy()
+NO_OPTIONS = ParamOptions()
 
 
 class Layer(Stateful):
@@ -79,8 +79,8 @@ class Layer(Stateful):
     `out_proj`, so that a model can scale it with depth.
     """
 
-    policies: ClassVar[Mapping[str, Policy]] = {}
-    """Names of the layer's own parameters that the optimiser is to treat differently."""
+    param_options: ClassVar[Mapping[str, ParamOptions]] = {}
+    """Names of the layer's own parameters that the optimizer is to treat differently."""
 
     def forward(self, x: Float[Tensor, "b t d"], state: State = None) -> Output:
         """Transforms `x`, continuing from `state` (None: the start of a sequence)."""
@@ -186,7 +186,7 @@ class LayerList(nn.ModuleList):
         return layer
 
 
-Recipe = Callable[[int], Layer]
+LayerFactory = Callable[[int], Layer]
 """A layer still waiting for its `d_model`: what a model or a combinator is given to build."""
 
 

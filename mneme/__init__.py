@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 
 # In a checkout the packages lie beside this folder, which holds relative links to them. Where a
 # file system or an archive has made something else of the links, they are looked for there. An
-# installed package has real folders here, and must never look among its neighbours.
+# installed package has real folders here, and must never look among its neighbors.
 _here = Path(__file__).resolve().parent
 if not (_here / "layers").is_dir() and (_here.parent / "layers" / "__init__.py").is_file():
     if not {"site-packages", "dist-packages"} & {*_here.parts}:

@@ -20,7 +20,7 @@ def clip_by_groups(model: nn.Module, limit: float) -> dict[str | None, Tensor]:
     """Scales down, in place, the gradients of each clip group whose global norm is above `limit`.
 
     Args:
-        model: its modules' `policies` name the groups; parameters without one form `MAIN`.
+        model: its modules' `param_options` name the groups; parameters without one form `MAIN`.
         limit: for the norm of every group alone; infinity scales nothing.
 
     Returns:

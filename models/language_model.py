@@ -14,10 +14,10 @@ from mneme.layers import (
     Fetched,
     HierarchicalFFN,
     Layer,
+    LayerFactory,
     LayerList,
     MemoryBank,
     Output,
-    Recipe,
     Residual,
     Sequential,
     State,
@@ -57,7 +57,7 @@ class LanguageModel(Stateful):
         checkpoint_blocks: recompute each block in backward instead of keeping what is inside;
             default False.
 
-    Initialisation: embeddings and an untied head N(0, 0.02); the layers' own; then every
+    Initialization: embeddings and an untied head N(0, 0.02); the layers' own; then every
     `out_proj` is divided by sqrt(number of residual layers), so that the variance of the stream
     does not grow with depth (as GPT-2 does).
 
@@ -72,7 +72,7 @@ class LanguageModel(Stateful):
         *,
         vocab_size: int,
         n_layers: int,
-        pattern: Sequence[Sequence[Recipe | None]],
+        pattern: Sequence[Sequence[LayerFactory | None]],
         tie_embeddings: bool = True,
         dropout: float = 0.0,
         checkpoint_blocks: bool = False,
@@ -196,7 +196,7 @@ class LanguageModel(Stateful):
                     parameter.div_(residual**0.5)
 
 
-def _block(d_model: int, layers: Sequence[Recipe], dropout: float) -> Sequential:
+def _block(d_model: int, layers: Sequence[LayerFactory], dropout: float) -> Sequential:
     """The layers of one block, each as a residual step."""
     steps = [partial(Residual, layer=layer, dropout=dropout) for layer in layers]
     return Sequential(d_model, layers=steps)

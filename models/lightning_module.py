@@ -31,7 +31,7 @@ class SequenceModule(LightningModule):
 
     Args:
         model: the model to train.
-        optimizer: makes the optimiser from parameter groups.
+        optimizer: makes the optimizer from parameter groups.
         schedule: multiplier of the learning rate by step.
         metrics: makes an empty accumulator of the task's metrics.
         log_every: updates between two logged rows.
@@ -68,7 +68,7 @@ class SequenceModule(LightningModule):
         leave_out_of_ddp(self)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The optimiser over parameter groups, with the schedule applied after every update."""
+        """The optimizer over parameter groups, with the schedule applied after every update."""
         optimizer = make_optimizer(self.model, self.optimizer_factory)
         total = self.trainer.max_steps
         scheduler = torch.optim.lr_scheduler.LambdaLR(

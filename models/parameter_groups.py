@@ -1,4 +1,4 @@
-"""How the optimiser treats each parameter: learning rate, weight decay, kind of update."""
+"""How the optimizer treats each parameter: learning rate, weight decay, kind of update."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from mneme.layers.protocol import NO_POLICY, Policy
-from mneme.models.table_optimizer import WithTables
+from mneme.layers.protocol import NO_OPTIONS, ParamOptions
+from mneme.models.table_optimizer import OptimizerWithTables
 
 
 def make_optimizer(
     model: nn.Module, factory: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 ) -> torch.optim.Optimizer:
-    """The optimiser over `parameter_groups`, each at the learning rate of its policy.
+    """The optimizer over `parameter_groups`, each at the learning rate of its policy.
 
-    A scheduler multiplies these rates. Where tables are updated row by row, the optimiser is
-    wrapped in `WithTables`.
+    A scheduler multiplies these rates. Where tables are updated row by row, the optimizer is
+    wrapped in `OptimizerWithTables`.
 
     Raises:
-        ValueError: the optimiser has an option that row updates do not follow.
+        ValueError: the optimizer has an option that row updates do not follow.
     """
     optimizer = factory(parameter_groups(model))
     for group in optimizer.param_groups:
@@ -31,9 +31,9 @@ def make_optimizer(
 
 
 def with_tables(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimiser itself, or one that writes the tables of its groups row by row, if any are."""
+    """The optimizer itself, or one that writes the tables of its groups row by row, if any are."""
     by_rows = any("update" in group for group in optimizer.param_groups)
-    return WithTables(optimizer) if by_rows else optimizer
+    return OptimizerWithTables(optimizer) if by_rows else optimizer
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -41,14 +41,14 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
     Parameters with two or more axes decay (linear maps, embeddings, filters, learned tokens).
     Vectors and scalars do not, which covers norms, biases and most decay parameters of gates, where
-    decay would change how long a memory lasts. The `policies` of the layers that own them exempt
+    decay would change how long a memory lasts. `param_options` of the layers that own them exempt
     others, such as the initial weights of a test-time memory, say how fast theirs may learn and
     which are updated row by row. A `ParameterList` has the policy that its owner gives its name.
     """
-    groups: dict[Policy, list[nn.Parameter]] = defaultdict(list)
+    groups: dict[ParamOptions, list[nn.Parameter]] = defaultdict(list)
     for parameter, policy in policies_of(model).items():
         if parameter.requires_grad:
-            groups[_as_optimised(parameter, policy)].append(parameter)
+            groups[_as_optimized(parameter, policy)].append(parameter)
     return [{"params": found, **_options(policy)} for policy, found in groups.items()]
 
 
@@ -57,7 +57,7 @@ def row_updated(model: nn.Module) -> list[nn.Parameter]:
     return [p for p, policy in policies_of(model).items() if policy.update != "dense"]
 
 
-def policies_of(model: nn.Module) -> dict[nn.Parameter, Policy]:
+def policies_of(model: nn.Module) -> dict[nn.Parameter, ParamOptions]:
     """Every parameter once, in the model's order, with what the module that owns it says of it.
 
     If several modules share a parameter, the first that has a policy for it decides.
@@ -65,17 +65,17 @@ def policies_of(model: nn.Module) -> dict[nn.Parameter, Policy]:
     Raises:
         ValueError: a row update is asked for what is not a table `[N, D]`.
     """
-    found: dict[nn.Parameter, Policy] = {}
+    found: dict[nn.Parameter, ParamOptions] = {}
     for module in model.modules():
-        policies = getattr(module, "policies", {})
+        param_options = getattr(module, "param_options", {})
         for name, parameter in _own_parameters(module):
-            policy = policies.get(name, NO_POLICY)
+            policy = param_options.get(name, NO_OPTIONS)
             if policy.update != "dense" and parameter.ndim != 2:
                 raise ValueError(
                     f"{type(module).__name__}.{name} has {parameter.ndim} axes; the update "
                     f"{policy.update!r} is for tables [N, D] and has two"
                 )
-            if found.get(parameter, NO_POLICY) == NO_POLICY:
+            if found.get(parameter, NO_OPTIONS) == NO_OPTIONS:
                 found[parameter] = policy
     return found
 
@@ -88,16 +88,16 @@ def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield from ((name, parameter) for parameter in child.parameters())
 
 
-def _as_optimised(parameter: nn.Parameter, policy: Policy) -> Policy:
-    """What of the policy the optimiser needs: equal for parameters that are treated alike."""
+def _as_optimized(parameter: nn.Parameter, policy: ParamOptions) -> ParamOptions:
+    """What of the policy the optimizer needs: equal for parameters that are treated alike."""
     decays = policy.decays and parameter.ndim >= 2
     return policy._replace(
         decays=True, weight_decay=policy.weight_decay if decays else 0.0, clip_group=None
     )
 
 
-def _options(policy: Policy) -> dict[str, Any]:
-    """The options of a parameter group; what is left out is the optimiser's own."""
+def _options(policy: ParamOptions) -> dict[str, Any]:
+    """The options of a parameter group; what is left out is the optimizer's own."""
     options: dict[str, Any] = {"max_lr": policy.max_lr}
     if policy.weight_decay is not None:
         options["weight_decay"] = policy.weight_decay

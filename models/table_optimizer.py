@@ -17,16 +17,16 @@ from mneme.models.row_gradients import row_gradient
 _BLOCK_CPU, _BLOCK_GPU = 2**16, 2**24
 
 BETAS, EPS = (0.9, 0.999), 1e-8
-"""For tables, where the dense optimiser has no such options: those of torch's AdamW."""
+"""For tables, where the dense optimizer has no such options: those of torch's AdamW."""
 
 
-class WithTables(torch.optim.Optimizer):
-    """One optimiser: a dense one for most parameters, row updates for tables.
+class OptimizerWithTables(torch.optim.Optimizer):
+    """One optimizer: a dense one for most parameters, row updates for tables.
 
     It takes over the parameter groups of `dense` that have an option `update` ("lazy" or "rowwise",
     see `lazy_adamw_` and `rowwise_adagrad_`). Its own groups are the remaining ones of `dense`,
     then the tables', and its state is that of `dense`: schedulers, checkpoints and closures see a
-    single optimiser. Of the options of `dense`, tables use `lr`, `weight_decay`, `betas` and `eps`.
+    single optimizer. Of the options of `dense`, tables use `lr`, `weight_decay`, `betas` and `eps`.
 
     Gradients of tables may be sparse (coalesced or not) or dense: see `row_gradient`. Groups added
     later are told apart by `update` as well.
@@ -35,14 +35,14 @@ class WithTables(torch.optim.Optimizer):
         dense: made over all parameters; it must not have stepped yet.
 
     Raises:
-        ValueError: row updates are to maximise or to keep the largest second moments.
+        ValueError: row updates are to maximize or to keep the largest second moments.
     """
 
     def __init__(self, dense: torch.optim.Optimizer) -> None:
         groups = dense.param_groups
         tables = [group for group in groups if "update" in group]
         for table in chain.from_iterable(group["params"] for group in tables):
-            dense.state.pop(table, None)  # some optimisers make their state at once
+            dense.state.pop(table, None)  # some optimizers make their state at once
         dense.param_groups = []  # until they are added again
         self.dense = dense
         super().__init__([*(g for g in groups if "update" not in g), *tables], dense.defaults)
@@ -91,11 +91,11 @@ class WithTables(torch.optim.Optimizer):
                 self.state[table][name] = on_device
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles keep: the dense optimiser as well."""
+        """What copies and pickles keep: the dense optimizer as well."""
         return {**super().__getstate__(), "dense": self.dense}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Takes over groups and state, which are the dense optimiser's too."""
+        """Takes over groups and state, which are the dense optimizer's too."""
         super().__setstate__(state)
         groups = [group for group in self.param_groups if "update" not in group]
         self.dense.__setstate__({"state": self.state, "param_groups": groups})
@@ -159,7 +159,7 @@ def _check_table_group(group: dict[str, Any]) -> None:
         if group.get(option):
             raise ValueError(
                 f"{option}=True is not for tables that are updated row by row ({update!r}): leave "
-                "it out of the optimiser, or give the tables the update 'dense'"
+                "it out of the optimizer, or give the tables the update 'dense'"
             )
 
 
@@ -182,7 +182,7 @@ def _descend(table: nn.Parameter, rows: Tensor, step: Tensor, group: dict[str, A
 
 
 def _eps(group: dict[str, Any]) -> float:
-    """What the dense optimiser adds to roots; Adafactor's pair is of other places."""
+    """What the dense optimizer adds to roots; Adafactor's pair is of other places."""
     eps = group.get("eps", EPS)
     return EPS if isinstance(eps, tuple | list) else eps
 

@@ -22,7 +22,7 @@ def innovation(
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B G K V"]]:
     """How far the value of each token is from what the tokens before predict for its key.
 
-    The predictor is the delta rule with unit keys and writes of strength b = 1/2, the normalised
+    The predictor is the delta rule with unit keys and writes of strength b = 1/2, the normalized
     least-mean-squares filter,
 
         e_t = v_t - S_{t-1}^T k_t,    S_t = S_{t-1} + b k_t e_t^T,

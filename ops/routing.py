@@ -1,8 +1,8 @@
 """Routing tokens to memories or experts, and sorting them by where they go.
 
-Tokens of a memory are packed into a sequence of its own (`pack`), since their order counts. For
-experts, which see each token alone, the copies of all tokens are sorted into one ragged group per
-expert (`group`).
+Tokens of a memory are dispatched to a sequence of its own (`plan_dispatch`), since their order
+counts. For experts, which see each token alone, the copies of all tokens are sorted into one ragged
+group per expert (`group`).
 
 Shapes: B batch, T time, M memories (or experts), k memories of a token, L tokens of a packed
 sequence, N tokens of a flat batch, C copies of tokens, R rows that hold copies or padding.
@@ -32,7 +32,7 @@ class Routes(NamedTuple):
 
     Attributes:
         memory: those of each token, the likeliest first, `[B, T, k]`.
-        weight: what each counts for; they sum to one over k if renormalised.
+        weight: what each counts for; they sum to one over k if renormalized.
         probability: of every memory, `[B, T, M]`.
     """
 
@@ -98,7 +98,7 @@ def mean_over_tokens(x: Float[Tensor, "b t *m"]) -> Float[Tensor, "*m"]:
     return x.sum((0, 1)) / max(1, x.shape[0] * x.shape[1])
 
 
-class Packing(NamedTuple):
+class Dispatch(NamedTuple):
     """Tokens of a batch sorted into one sequence per memory and row, in the order of time.
 
     Sequences lie memory by memory: sequence `m * B + b` holds the tokens of row b that go to m,
@@ -118,7 +118,7 @@ class Packing(NamedTuple):
     tokens: Int[Tensor, " mb"]
 
 
-def pack(index: Int[Tensor, "b t k"], memories: int, *, multiple: int) -> Packing:
+def plan_dispatch(index: Int[Tensor, "b t k"], memories: int, *, multiple: int) -> Dispatch:
     """How to sort tokens by memory.
 
     A running count of each memory's tokens gives the places, so that time order holds without a
@@ -142,21 +142,21 @@ def pack(index: Int[Tensor, "b t k"], memories: int, *, multiple: int) -> Packin
     token = flat[:, 0].repeat(memories, length).flatten()
     token[place.flatten()] = flat.expand_as(place).flatten()
     present = torch.arange(length, device=index.device) < count.mT.reshape(-1, 1)
-    return Packing(token.view(-1, length), present, place, count.mT.flatten())
+    return Dispatch(token.view(-1, length), present, place, count.mT.flatten())
 
 
-def packed(x: Num[Tensor, "b t d"], packing: Packing) -> Num[Tensor, "mb l d"]:
+def dispatch(x: Num[Tensor, "b t d"], plan: Dispatch) -> Num[Tensor, "mb l d"]:
     """Tokens in their sequences; places without a token hold the first of their row."""
-    rows = x.flatten(0, 1).index_select(0, packing.token.flatten())
-    return rows.view(*packing.token.shape, x.shape[-1])
+    rows = x.flatten(0, 1).index_select(0, plan.token.flatten())
+    return rows.view(*plan.token.shape, x.shape[-1])
 
 
-def unpacked(
-    y: Float[Tensor, "mb l d"], packing: Packing, weight: Float[Tensor, "b t k"]
+def combine(
+    y: Float[Tensor, "mb l d"], plan: Dispatch, weight: Float[Tensor, "b t k"]
 ) -> Float[Tensor, "b t d"]:
     """What each token's k copies have become, weighted and summed."""
     bags = F.embedding_bag(  # gathers, weights and sums in one pass, and so does its gradient
-        packing.place.flatten(0, 1),
+        plan.place.flatten(0, 1),
         y.flatten(0, 1),
         mode="sum",
         per_sample_weights=weight.flatten(0, 1).to(y.dtype),

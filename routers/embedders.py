@@ -53,7 +53,7 @@ class HashedTfidf:
     """TF-IDF of hashed words, in the directions in which the fitted texts differ most (LSA).
 
     A word becomes one of F features by its hash; a text is its counts times
-    `idf = ln((1 + N) / (1 + N with the feature)) + 1`, with norm 1. A randomised truncated SVD
+    `idf = ln((1 + N) / (1 + N with the feature)) + 1`, with norm 1. A randomized truncated SVD
     (arXiv 0909.4061) of all fitted texts gives the axes, and `embed` projects on them. Their
     number E is `components`, or less if the texts have not as many directions. No language model
     and no download: this is for small corpora and for tests.

@@ -18,7 +18,7 @@ class Clustering:
     """How the k-means of each node runs.
 
     Attributes:
-        steps: of expectation and maximisation.
+        steps: of expectation and maximization.
         sample: vectors of a step at most, drawn anew for each.
         limit: share of a step's vectors above which a cluster is split. None: 1.5 / k, as HMB has
             it. 1: never.

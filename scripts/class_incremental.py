@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from mneme.harness.cli import report_errors
 from mneme.layers import DiscreteKeyValueBottleneck, TableOptions
-from mneme.tasks.streams import ClassIncremental, Labelled
+from mneme.tasks.streams import ClassIncremental, Labeled
 from scripts.reporting.measured import mean_and_spread, measured, parsed, publish
 
 CODEBOOKS, KEYS, KEY_DIM = 64, 256, 4
@@ -135,7 +135,7 @@ def learn(name: str, seed: int, sizes: Sizes) -> Outcome:
     for i, split in enumerate(splits):
         _train(learner, split, sizes.epochs, generator)
         learnt.append(accuracy(learner, stream.classes_of(i)))
-    together = Labelled(*(torch.cat(parts) for parts in zip(*splits, strict=True)))
+    together = Labeled(*(torch.cat(parts) for parts in zip(*splits, strict=True)))
     other, generator = _start(name, stream, seed, sizes)
     _train(other, together, sizes.epochs, generator)
     return Outcome(
@@ -176,7 +176,7 @@ def _head(head: nn.Module) -> Learner:
     return Learner(head, torch.optim.Adam(head.parameters(), HEAD_LR))
 
 
-def _train(learner: Learner, data: Labelled, epochs: int, generator: torch.Generator) -> None:
+def _train(learner: Learner, data: Labeled, epochs: int, generator: torch.Generator) -> None:
     for _ in range(epochs):
         for batch in _batches(len(data.labels), BATCH, generator):
             learner.optimizer.zero_grad()

@@ -175,7 +175,7 @@ def run(arguments: Sequence[str]) -> None:
         split=asked.split,
     )
     remarks = [
-        f"Each row: blocks set to zero, all {len(task.told.exposures):,} facts asked by the route "
+        f"Each row: blocks set to zero, all {len(task.exposures.times):,} facts asked by the route "
         f"of their {task.arms[0]}, told or not, and the blocks put back.",
         "Nothing can happen to other facts where only the last block is deleted: a check. Blocks "
         "above it are shared with other leaves.",

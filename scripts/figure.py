@@ -19,8 +19,8 @@ from scripts.reporting.entries import differing
 from scripts.reporting.rows import Row, make_rows
 from scripts.reporting.runs import ReportError, find_runs, unknown
 
-# The colours of Okabe and Ito, which colour-blind readers tell apart; their yellow is too pale.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# The colors of Okabe and Ito, which color-blind readers tell apart; their yellow is too pale.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 SIZE = (700 / 96, 420 / 96)  # inches: 700 pixels wide, at a browser's 96 per inch
 STYLE: dict[Any, Any] = {
@@ -69,12 +69,12 @@ def chosen_lines(words: Sequence[str], rows: Sequence[Row], metric: str) -> list
     """The lines of these names, in their order.
 
     Raises:
-        ReportError: a line that no row has, or several have; more lines than colours.
+        ReportError: a line that no row has, or several have; more lines than colors.
     """
     known = [line for row in rows for line in _lines(row, metric)]
     names = [line.name for line in known]
-    if len(words) > len(COLOURS):
-        raise ReportError(f"--lines: at most {len(COLOURS)} can be told apart, got {len(words)}")
+    if len(words) > len(COLORS):
+        raise ReportError(f"--lines: at most {len(COLORS)} can be told apart, got {len(words)}")
     for word in words:
         if word not in names:
             problem = f"--lines: no run that finished has {metric!r} by exposures for {word!r}"
@@ -122,12 +122,12 @@ def draw(lines: Sequence[Line], metric: str, title: str | None) -> str:
         axes.set_xlabel("times that training told the fact")
         axes.set_ylabel(f"{metric} (val): mean ± standard deviation")
         axes.set_xticks(range(len(lows)), [bucket(low) for low in lows])
-        for line, colour, marker in zip(lines, COLOURS, MARKERS, strict=False):
+        for line, color, marker in zip(lines, COLORS, MARKERS, strict=False):
             places = [lows.index(low) for low in line.columns]
             ends = [(mean, mean - spread, mean + spread) for mean, spread in line.points()]
             means, below, above = zip(*ends, strict=True)
-            axes.fill_between(places, below, above, color=colour, alpha=0.15, linewidth=0)
-            axes.plot(places, means, color=colour, marker=marker, clip_on=False)
+            axes.fill_between(places, below, above, color=color, alpha=0.15, linewidth=0)
+            axes.plot(places, means, color=color, marker=marker, clip_on=False)
         axes.set_ylim(bottom=0)
         axes.legend(axes.lines, [line.name for line in lines])
         whole.savefig(file, format="svg", metadata={"Date": None})

@@ -199,7 +199,7 @@ class TableFile:
         except FileNotFoundError as error:
             raise TableFileError(f"there is no stored table at {path}") from error
         if hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_RANDOM)  # neighbours of a row are not wanted with it
+            self._map.madvise(mmap.MADV_RANDOM)  # neighbors of a row are not wanted with it
         records = np.frombuffer(self._map, dtype=np.uint8, offset=self.layout.head)
         self._records = records.reshape(self.layout.rows, self.layout.record)
 

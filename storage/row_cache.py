@@ -72,6 +72,6 @@ class RowCache:
         self._records[sets * self._ways + way] = records[order]
 
     def _sets(self, rows: np.ndarray) -> np.ndarray:
-        """The set of each row; neighbours, and rows a fixed step apart, are spread evenly."""
+        """The set of each row; neighbors, and rows a fixed step apart, are spread evenly."""
         scattered = (rows.astype(np.uint64) * _SPREAD) >> np.uint64(32)
         return (scattered % np.uint64(len(self._owners))).astype(np.int64)

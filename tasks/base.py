@@ -55,7 +55,7 @@ class Training(Protocol):
     """What a task has to know of the run that reads its batches; Lightning's Trainer is one.
 
     Attributes:
-        global_step: optimiser steps already taken.
+        global_step: optimizer steps already taken.
         max_steps: those of the whole run, or -1.
         accumulate_grad_batches: batches in a step of one process.
         world_size: processes that train together.
@@ -135,7 +135,7 @@ class Task(ABC):
 
     @property
     @abstractmethod
-    def guess_level(self) -> float:
+    def chance_level(self) -> float:
         """The expected value of `monitor` for a guesser that has learnt no more than counts."""
 
     @abstractmethod
@@ -155,11 +155,11 @@ class Task(ABC):
         """What the token ids mean: a model reads a task only if it was trained on the same."""
         return "symbols"
 
-    def keep_vocabulary(self, folder: Path) -> None:  # noqa: B027
+    def save_tokenizer(self, folder: Path) -> None:  # noqa: B027
         """Puts into a run's folder what other text needs to be given the same ids, if anything."""
 
     def load_tokenizer(self, folder: Path) -> Codec | None:
-        """From text to ids and back, as `keep_vocabulary` left it in a run's folder.
+        """From text to ids and back, as `save_tokenizer` left it in a run's folder.
 
         None where tokens are symbols that stand for no text. Needs neither corpus nor cache.
 
@@ -176,9 +176,9 @@ class Task(ABC):
         """
         return None
 
-    def references(self, split: EvalSplit) -> dict[str, float]:
+    def baselines(self, split: EvalSplit) -> dict[str, float]:
         """What `monitor` is for solvers that anyone can name, to hold a model's score against."""
-        return {"guessing": self.guess_level}
+        return {"guessing": self.chance_level}
 
     @property
     def remark(self) -> str:
@@ -193,7 +193,7 @@ class Task(ABC):
             "seq_len": self.seq_len,
             "batch_size": self.batch_size,
             "data_seed": self.seed,
-            "guess_level": self.guess_level,
+            "chance_level": self.chance_level,
         }
 
     def rng(self, split: str, index: int) -> np.random.Generator:
@@ -209,8 +209,8 @@ class Task(ABC):
     def train_indices(self) -> Iterator[int]:
         """Which training batches this process reads from now on.
 
-        The optimiser steps already taken, which a checkpoint restores, say how many batches are
-        behind us. This holds for a run with one optimiser, as Lightning counts the steps of all,
+        The optimizer steps already taken, which a checkpoint restores, say how many batches are
+        behind us. This holds for a run with one optimizer, as Lightning counts the steps of all,
         whose length is set by `max_steps` rather than by epochs, at whose ends Lightning takes a
         step on however few batches it has accumulated.
         """

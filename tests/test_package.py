@@ -42,7 +42,7 @@ def clone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(clone, tmp_path_factory):
-    """The wheel of a clone, unpacked."""
+    """The wheel of a clone, combine."""
     place = tmp_path_factory.mktemp("wheel")
     command = ["pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(place)]
     subprocess.run([sys.executable, "-m", *command, str(clone)], check=True)

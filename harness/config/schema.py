@@ -58,14 +58,14 @@ class Options:
     """The scalars of a run.
 
     Attributes:
-        seed: of initialisation, data order and dropout.
+        seed: of initialization, data order and dropout.
         run_dir: where the run writes; None picks `runs/<time>_<task>_<mixer>_seed<seed>`.
         label: of the run's row in a table; it changes no result.
         compile: run the model through torch.compile.
         checkpoint_every: updates between two writes of `last.ckpt`.
         usage: measure at each validation how evenly layers use the rows of their tables.
-        start_from: a run directory, for its best checkpoint, or a checkpoint, whose weights the
-            model starts with; a memory bank may be new. None for the model's own initialisation.
+        init_from: a run directory, for its best checkpoint, or a checkpoint, whose weights the
+            model starts with; a memory bank may be new. None for the model's own initialization.
         train_only: "bank" freezes all but the memory bank; None trains everything.
         save_bank_every: updates between two writes of the memory bank's files; None writes them
             when training ends.
@@ -77,7 +77,7 @@ class Options:
     compile: bool = False
     checkpoint_every: int = 100
     usage: bool = False
-    start_from: str | None = None
+    init_from: str | None = None
     train_only: Literal["bank"] | None = None
     save_bank_every: int | None = None
 

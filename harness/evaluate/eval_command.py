@@ -43,7 +43,7 @@ from mneme.harness.run.checkpoints import (
     checkpoint_vocabulary,
     read_checkpoint,
 )
-from mneme.harness.run.console import EvalProgress, reference_line
+from mneme.harness.run.console import EvalProgress, baseline_line
 from mneme.harness.run.precision import run_precision
 from mneme.harness.run.provenance import provenance
 from mneme.harness.run.run_directory import (
@@ -115,7 +115,7 @@ def evaluate_command(arguments: Sequence[str]) -> list[Evaluation]:
     if run.config.exists():
         _record(run, file, asked, task, results)
     print_evaluations(results, f"{file} on {task[TARGET]} ({asked.split})")
-    print(reference_line(tasks[0], asked.split))
+    print(baseline_line(tasks[0], asked.split))
     title = f"{run.name}, {file.name} on {tasks[0].name} ({asked.split})"
     if asked.usage:
         with metering() as meter:  # in a pass of its own: recorded speeds are without a meter

@@ -155,7 +155,7 @@ class LoadedRun:
 
 
 class _Decoder:
-    """Text from ids that come one by one: what a piece says may depend on its neighbours.
+    """Text from ids that come one by one: what a piece says may depend on its neighbors.
 
     A character may be several tokens, and words have a space between them, so a piece is what the
     text grows by when its tokens are added to those before.

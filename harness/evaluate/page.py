@@ -1,6 +1,6 @@
 """The frame of the pages that programs write.
 
-One file that needs nothing else: no scripts, fonts or pictures from elsewhere. Colours follow the
+One file that needs nothing else: no scripts, fonts or pictures from elsewhere. Colors follow the
 reader's light or dark setting.
 """
 

@@ -85,7 +85,7 @@ def load(
     """A run's model, whose bank is never in memory, and a bank in a folder for it.
 
     Of the checkpoint, which is mapped, only the other weights are read: neither the blocks that it
-    holds as well, nor what the optimiser kept. No task is built and no router is fitted, as the run
+    holds as well, nor what the optimizer kept. No task is built and no router is fitted, as the run
     kept its words and its router.
 
     Args:

@@ -1,4 +1,4 @@
-"""A page that shows a text with each token coloured by a value, and curves over position."""
+"""A page that shows a text with each token colored by a value, and curves over position."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,8 +12,8 @@ from mneme.harness.evaluate.page import document
 # Control characters have pictures; a line break shows itself and breaks the line.
 _VISIBLE = {i: chr(0x2400 + i) for i in range(32) if chr(i) != "\t"} | {127: "␡", 10: "↵\n"}
 
-STEPS = 5  # colours that the scale shows
-TAIL = 0.01  # share of the values at either end that get the end's colour: one would hide the rest
+STEPS = 5  # colors that the scale shows
+TAIL = 0.01  # share of the values at either end that get the end's color: one would hide the rest
 LEFT, WIDTH, HEIGHT, GAP = 70, 830, 60, 30  # of a curve, in the picture's own units
 
 
@@ -26,7 +26,7 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True)
 class Section:
-    """One colouring of the text.
+    """One coloring of the text.
 
     Attributes:
         title: whose values they are.
@@ -65,7 +65,7 @@ def _text(token: Token) -> str:
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """Where the colours begin and end."""
+    """Where the colors begin and end."""
     ordered = sorted(values)
     last = len(ordered) - 1
     return ordered[math.floor(TAIL * last)], ordered[math.ceil((1 - TAIL) * last)]
@@ -113,7 +113,7 @@ def _panel(name: str, values: Sequence[float], top: int) -> str:
 
 
 def _marks(values: Sequence[float], low: float, high: float, bottom: int) -> Iterator[str]:
-    """Lines through neighbouring values; a dot for a value without neighbours."""
+    """Lines through neighboring values; a dot for a value without neighbors."""
     across = WIDTH / max(1, len(values) - 1)
     for missing, run in groupby(enumerate(values), key=lambda item: math.isnan(item[1])):
         if missing:

@@ -32,7 +32,7 @@ class Anchor:
     step: int
 
 
-def start_from(where: str, model: LanguageModel, task: Task) -> Anchor:
+def init_from(where: str, model: LanguageModel, task: Task) -> Anchor:
     """Gives a model the weights of another run.
 
     All of them must find their place, by name and shape, and all of the model's own must be among
@@ -53,11 +53,11 @@ def start_from(where: str, model: LanguageModel, task: Task) -> Anchor:
         check_router(checkpoint, task)
         weights = model_weights(checkpoint)
     except RunError as error:
-        raise ConfigError([f"start_from: {error}"]) from error
+        raise ConfigError([f"init_from: {error}"]) from error
     problems = [*_other_words(checkpoint, task), *misfits(weights, model, may_be_new=BANK)]
     if problems:
         lines = "".join(f"\n    {problem}" for problem in problems)
-        raise ConfigError([f"start_from: {path} is not an anchor for this model:{lines}"])
+        raise ConfigError([f"init_from: {path} is not an anchor for this model:{lines}"])
     model.load_state_dict(weights, strict=False)
     return Anchor(path, int(checkpoint["global_step"]))
 

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mneme.harness.config.check import Config
+from mneme.harness.config.renames import renamed
 from mneme.harness.run import signals
 from mneme.harness.run.run_directory import RunDirectory, RunError, rank, write_atomically
 from mneme.harness.run.signals import Interrupted
@@ -140,8 +141,7 @@ def _router(found: str | None) -> str:
 
 def checkpoint_config(checkpoint: dict[str, Any]) -> Config:
     """The resolved config that a checkpoint carries; check it before building from it."""
-    config: Config = json.loads(checkpoint[_KEY]["config"])
-    return config
+    return renamed(json.loads(checkpoint[_KEY]["config"]))
 
 
 def check_same_run(checkpoint: dict[str, Any], config: Config, path: Path) -> None:

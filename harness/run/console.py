@@ -1,4 +1,4 @@
-"""What a run shows on the terminal: one labelled progress bar, and only what matters."""
+"""What a run shows on the terminal: one labeled progress bar, and only what matters."""
 
 import logging
 import re
@@ -94,8 +94,8 @@ def label(run_name: str) -> str:
     return re.sub(r"^\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_|_seed\d+$", "", run_name)
 
 
-def reference_line(task: Task, split: EvalSplit) -> str:
+def baseline_line(task: Task, split: EvalSplit) -> str:
     """What a score is to be held against."""
-    named = (f"{name} {value:.4f}" for name, value in task.references(split).items())
+    named = (f"{name} {value:.4f}" for name, value in task.baselines(split).items())
     line = f"for comparison, {task.monitor} of {', '.join(named)}"
     return f"{line}\n{task.remark}" if task.remark else line

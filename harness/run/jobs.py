@@ -17,7 +17,7 @@ from mneme.harness.config.check import Config, ConfigError
 from mneme.harness.config.compose import Composed
 from mneme.harness.config.schema import check_config, options
 from mneme.harness.run.checkpoints import check_router, check_same_run, read_checkpoint
-from mneme.harness.run.console import reference_line, say
+from mneme.harness.run.console import baseline_line, say
 from mneme.harness.run.metrics_file import read_metrics
 from mneme.harness.run.resume_check import resume_problems
 from mneme.harness.run.run_directory import (
@@ -119,7 +119,7 @@ def _check_resumable(path: Path, prepared: Prepared) -> None:
         lines = "".join(f"\n  {problem}" for problem in problems)
         raise RunError(
             f"{path} is not what this run saved; nothing was loaded or overwritten.{lines}\n"
-            "Put the checkpoint back, or start a new run with start_from=CHECKPOINT, which takes "
+            "Put the checkpoint back, or start a new run with init_from=CHECKPOINT, which takes "
             "weights alone"
         )
 
@@ -172,5 +172,5 @@ def _outcome(row: Mapping[str, Any]) -> str:
 
 def _report(run: RunDirectory, prepared: Prepared, summary: Mapping[str, Any]) -> None:
     say(_outcome(summary))
-    say(reference_line(prepared.task, "val"))
+    say(baseline_line(prepared.task, "val"))
     say(f"run directory: {run.path}")

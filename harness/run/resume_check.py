@@ -1,6 +1,6 @@
 """What a checkpoint must hold for training to go on from it as if it had never stopped.
 
-Lightning and torch take what they find: without states an optimiser starts afresh, without progress
+Lightning and torch take what they find: without states an optimizer starts afresh, without progress
 the data do, and neither says so.
 """
 
@@ -68,9 +68,9 @@ def _vocabulary(checkpoint: dict[str, Any], task: Task) -> Iterator[str]:
 
 
 def _optimizer(states: Any, model: LanguageModel, config: Config, step: int) -> Iterator[str]:
-    """Compares with what this optimiser keeps after a step, whichever it is."""
+    """Compares with what this optimizer keeps after a step, whichever it is."""
     if not isinstance(states, list) or len(states) != 1 or not isinstance(states[0], dict):
-        yield "optimizer_states: expected those of one optimiser"
+        yield "optimizer_states: expected those of one optimizer"
         return
     make = optimizer_factory(config)
     groups = make_optimizer(model, make).param_groups
@@ -101,7 +101,7 @@ def _is_group(group: Any) -> bool:
 
 
 def _kept(group: Mapping[str, Any], axes: int, make: OptimizerFactory) -> dict[str, Any]:
-    """What an optimiser keeps after one step of a small parameter with so many axes."""
+    """What an optimizer keeps after one step of a small parameter with so many axes."""
     parameter = nn.Parameter(torch.zeros(_SIZES[:axes]))
     parameter.grad = torch.zeros_like(parameter)
     trial = with_tables(make([{**group, "params": [parameter]}]))

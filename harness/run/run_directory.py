@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from mneme.harness.config.check import Config, ConfigError, blaming
+from mneme.harness.config.renames import renamed
 from mneme.storage.atomic_file import replacing
 from mneme.storage.regular_file import read_regular
 
@@ -139,7 +140,7 @@ class RunDirectory:
             raise RunError(f"{self.config} is not YAML: {error}") from error
         if not isinstance(config, dict):
             raise RunError(f"{self.config} does not hold a config")
-        return config
+        return renamed(config)
 
     def add_evaluations(self, rows: Iterable[str]) -> None:
         """Appends lines to evaluations.jsonl.

@@ -14,7 +14,7 @@ from mneme.harness.config.check import Config, blaming
 from mneme.harness.config.model_rules import check_model, check_size
 from mneme.harness.config.schema import options
 from mneme.harness.loggers import Dashboard
-from mneme.harness.run.anchor import Anchor, freeze_all_but_bank, start_from
+from mneme.harness.run.anchor import Anchor, freeze_all_but_bank, init_from
 from mneme.harness.run.bank_files import SaveBank
 from mneme.harness.run.checkpoints import (
     AtomicCheckpointIO,
@@ -42,7 +42,7 @@ class Prepared:
     Attributes:
         config: the checked config.
         task: with its data prepared.
-        model: at its initialisation.
+        model: at its initialization.
         budget: what the model costs at the task's length.
         anchor: whose weights the model starts with, if it does.
     """
@@ -74,8 +74,8 @@ def prepare(config: Config, *, resumed: bool = False) -> Prepared:
         costs = budget(model, task.seq_len)
     check_model(model, task, chosen)
     anchor = None
-    if chosen.start_from is not None and not resumed:
-        anchor = start_from(chosen.start_from, model, task)
+    if chosen.init_from is not None and not resumed:
+        anchor = init_from(chosen.init_from, model, task)
     if chosen.train_only == "bank":
         freeze_all_but_bank(model)
     with blaming("optimizer"):
@@ -179,7 +179,7 @@ def _record_start(prepared: Prepared, run: RunDirectory, resume_step: int) -> No
         resumed = [*run.read_summary().get("resumed", []), {"step": resume_step, **provenance()}]
         run.write_summary(status="running", resumed=resumed)
         return
-    prepared.task.keep_vocabulary(run.path)
+    prepared.task.save_tokenizer(run.path)
     run.write_summary(
         status="running",
         **_start(prepared),
@@ -196,7 +196,7 @@ def _start(prepared: Prepared) -> dict[str, Any]:
     anchor, only = prepared.anchor, options(prepared.config).train_only
     facts: dict[str, Any] = {} if only is None else {"train_only": only}
     if anchor is not None:
-        facts["start_from"] = {"checkpoint": str(anchor.path), "step": anchor.step}
+        facts["init_from"] = {"checkpoint": str(anchor.path), "step": anchor.step}
     return facts
 
 
@@ -228,7 +228,7 @@ def _module(config: Config, model: LanguageModel, task: Task) -> SequenceModule:
 
 
 def optimizer_factory(config: Config) -> OptimizerFactory:
-    """Makes the optimiser of a checked config from parameter groups."""
+    """Makes the optimizer of a checked config from parameter groups."""
     return lambda groups: build(config["optimizer"], params=groups)
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from mneme.layers.bank.bank_blocks import Kind, init_units
 from mneme.layers.parts.row_options import RowOptions
-from mneme.layers.protocol import Policy, require_at_least, require_choice
+from mneme.layers.protocol import ParamOptions, require_at_least, require_choice
 
 GENERIC = -1
 """The route of a sequence that nobody can place: it fetches the generic block."""
@@ -28,7 +28,7 @@ class BankOptions(RowOptions):
     """What a bank holds, and how training writes it.
 
     A row is a block here, and blocks that were not fetched are left alone, unless `update` is
-    "dense". The generic block always belongs to the model's optimiser. In arXiv 2510.02375 weight
+    "dense". The generic block always belongs to the model's optimizer. In arXiv 2510.02375 weight
     decay is 1e-3.
 
     Attributes:
@@ -203,8 +203,8 @@ class MemoryBank(Bank):
             self.register_parameter(f"level{level}", nn.Parameter(blocks.flatten(1)))
 
     @property
-    def policies(self) -> Mapping[str, Policy]:
-        """What the optimiser is told of blocks."""
+    def param_options(self) -> Mapping[str, ParamOptions]:
+        """What the optimizer is told of blocks."""
         policy = self.options.policy(CLIP_GROUP)
         levels = {f"level{level}": policy for level in self.shape.levels}
         return {"generic": policy._replace(update="dense"), **levels}

@@ -20,7 +20,7 @@ from mneme.layers.hybrid.eidetic import (
 from mneme.layers.hybrid.key_sets import Blocks, attend
 from mneme.layers.matrix.gated_delta_net import GatedDeltaNet
 from mneme.layers.parts.norm import RMSNorm
-from mneme.layers.protocol import Layer, Output, Recipe, State, join_aux, require_at_least
+from mneme.layers.protocol import Layer, LayerFactory, Output, State, join_aux, require_at_least
 from mneme.layers.registry import register
 
 
@@ -107,7 +107,7 @@ class BMojo(Layer):
         self,
         d_model: int,
         *,
-        memory: Recipe,
+        memory: LayerFactory,
         heads: int = 4,
         kv_heads: int | None = None,
         head_dim: int | None = None,

@@ -19,9 +19,9 @@ from mneme.layers.matrix.gated_delta_net import GatedDeltaNet
 from mneme.layers.matrix.linear_attention import LinearAttention
 from mneme.layers.protocol import (
     Layer,
+    LayerFactory,
     LayerList,
     Output,
-    Recipe,
     RoutedLayer,
     SavingLayer,
     State,
@@ -115,7 +115,7 @@ class CrossDecoder(RoutedLayer):
 
     State: that of the memory, and `2 G K` scalars per token and a position of the attention.
 
-    Where we differ: the layer stands in a residual stack of its own, so the first h is normalised.
+    Where we differ: the layer stands in a residual stack of its own, so the first h is normalized.
     Prefill could leave out the later layers for all but the last token; ours gives every output.
 
     Raises:
@@ -126,9 +126,9 @@ class CrossDecoder(RoutedLayer):
         self,
         d_model: int,
         *,
-        memory: Recipe,
-        attention: Recipe,
-        ffn: Recipe | None = None,
+        memory: LayerFactory,
+        attention: LayerFactory,
+        ffn: LayerFactory | None = None,
         units: int = 1,
         norm: bool = True,
     ) -> None:

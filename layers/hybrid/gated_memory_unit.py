@@ -19,7 +19,7 @@ class GatedMemoryUnit(nn.Module):
     Args:
         d_model: width D of x and y.
         saved_dim: width M of m.
-        norm: RMSNorm of the product, needed where m is not normalised, as in matrix memories;
+        norm: RMSNorm of the product, needed where m is not normalized, as in matrix memories;
             default True. The paper has none after Mamba.
     """
 

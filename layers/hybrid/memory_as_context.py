@@ -14,7 +14,15 @@ from mneme.layers.attention.rotary import rotate
 from mneme.layers.hybrid.memory_with_attention import BranchGate
 from mneme.layers.matrix.gated_delta_net import GatedDeltaNet
 from mneme.layers.parts.norm import RMSNorm
-from mneme.layers.protocol import Layer, Memory, Output, Recipe, State, join_aux, require_at_least
+from mneme.layers.protocol import (
+    Layer,
+    LayerFactory,
+    Memory,
+    Output,
+    State,
+    join_aux,
+    require_at_least,
+)
 from mneme.layers.registry import register
 from mneme.layers.state_fit import TensorSpec
 from mneme.ops.not_finite import masked_attention
@@ -83,7 +91,7 @@ class MemoryAsContext(Layer):
     queries. Rotary positions count within the segment, h_t stands where token t does, and p carries
     none. Attention has an output projection of its own before y
     is written. The gate is that of `BranchGate`. Persistent tokens start with unit variance, the
-    scale of the normalised input.
+    scale of the normalized input.
 
     Where we differ: h goes through an RMSNorm whose weight starts at 1/4. As it leaves a memory, h
     has a tenth of the tokens' scale or less, the less the deeper the model, and a small model did
@@ -99,7 +107,7 @@ class MemoryAsContext(Layer):
         self,
         d_model: int,
         *,
-        memory: Recipe,
+        memory: LayerFactory,
         segment: int,
         heads: int = 4,
         persistent: int = 4,

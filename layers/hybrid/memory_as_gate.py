@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mneme.layers.hybrid.memory_with_attention import BranchGate, WindowState, _MemoryWithWindow
 from mneme.layers.matrix.gated_delta_net import GatedDeltaNet
-from mneme.layers.protocol import Output, Recipe, join_aux
+from mneme.layers.protocol import LayerFactory, Output, join_aux
 from mneme.layers.registry import register
 
 
@@ -40,7 +40,7 @@ class MemoryAsGate(_MemoryWithWindow):
     State: that of the memory, and of sliding-window attention (`SoftmaxAttention`).
 
     Where the paper is silent: the gate is that of `BranchGate`. Persistent tokens start with unit
-    variance, the scale of the normalised input that they are put before, and carry no position.
+    variance, the scale of the normalized input that they are put before, and carry no position.
 
     Raises:
         ValueError: sizes that attention or the memory refuses.
@@ -50,7 +50,7 @@ class MemoryAsGate(_MemoryWithWindow):
         self,
         d_model: int,
         *,
-        memory: Recipe,
+        memory: LayerFactory,
         heads: int = 4,
         window: int = 64,
         persistent: int = 4,

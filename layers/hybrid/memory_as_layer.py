@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mneme.layers.hybrid.memory_with_attention import WindowState, _MemoryWithWindow
 from mneme.layers.matrix.gated_delta_net import GatedDeltaNet
 from mneme.layers.parts.norm import RMSNorm
-from mneme.layers.protocol import Output, Recipe, join_aux
+from mneme.layers.protocol import LayerFactory, Output, join_aux
 from mneme.layers.registry import register
 
 PERSISTENT_STD = 0.1  # with 1, attention's own, a small model learnt to recall much more slowly
@@ -56,7 +56,7 @@ class MemoryAsLayer(_MemoryWithWindow):
         self,
         d_model: int,
         *,
-        memory: Recipe,
+        memory: LayerFactory,
         heads: int = 4,
         window: int = 64,
         persistent: int = 4,

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from mneme.layers.attention.softmax_attention import KVCache, SoftmaxAttention
 from mneme.layers.parts.norm import RMSNorm
 from mneme.layers.parts.telemetry import unrecorded
-from mneme.layers.protocol import Layer, Recipe, State, select_state
+from mneme.layers.protocol import Layer, LayerFactory, State, select_state
 
 
 class BranchGate(nn.Module):
     """`(1 + norm(y)) * (1 + norm(m)) - 1`: attention's output and a memory's gate each other.
 
     That is their product plus both, so that either branch is heard before the other has learnt
-    anything. Titans normalises both with learned vectors, then puts a non-linearity; which, where,
+    anything. Titans normalizes both with learned vectors, then puts a non-linearity; which, where,
     and which norm is open. Ours is RMSNorm and no other non-linearity than the product. Measured on
     MQAR with a Gated DeltaNet as the memory (accuracy after 300 updates, one seed): this 0.69,
     `norm(y) * silu(norm(m))` 0.41, `silu(1 + norm(y)) * silu(1 + norm(m))` 0.30. There is no output
@@ -57,7 +57,7 @@ class _MemoryWithWindow(Layer):
     """
 
     def __init__(
-        self, d_model: int, *, memory: Recipe, heads: int, window: int, persistent: int
+        self, d_model: int, *, memory: LayerFactory, heads: int, window: int, persistent: int
     ) -> None:
         super().__init__()
         self.memory = memory(d_model)

@@ -18,7 +18,7 @@ class StepGate(nn.Module):
 
     The rates A start stratified, one head from each equal part of a range, because with the two to
     four heads of small models independent draws dominate the variance between seeds. Neither
-    parameter is decayed by the optimiser.
+    parameter is decayed by the optimizer.
 
     Args:
         heads: H.

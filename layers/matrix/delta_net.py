@@ -24,7 +24,7 @@ class DeltaNet(MatrixMemory):
     Per head, `S_t = S_{t-1} + b_t k_t (v_t - S_{t-1}^T k_t)^T`, `o_t = S_t^T q_t / sqrt(K)`, with
 
     * q, k, v: projection, short causal convolution, SiLU; `l2_norm` of q and k;
-    * write strength `b_t = sigmoid(w_b . x_t)`;
+    * beta `b_t = sigmoid(w_b . x_t)`;
     * output: RMSNorm per head, then the output projection.
 
     Nothing is forgotten except by writing something else under the same key.
@@ -75,7 +75,7 @@ class DeltaNet(MatrixMemory):
             output_gate=output_gate,
         )
         self.chunk_size = chunk_size
-        self.max_strength = 2.0 if negative_eigenvalues else 1.0
+        self.max_beta = 2.0 if negative_eigenvalues else 1.0
 
     def features(
         self, x: Float[Tensor, "b t g k"], positions: Tensor | None
@@ -84,10 +84,10 @@ class DeltaNet(MatrixMemory):
         return l2_norm(x)
 
     def gates(self, raw: Float[Tensor, "b t n"]) -> dict[str, Tensor]:
-        """Write strengths."""
-        return {"strength": self.max_strength * at_least_fp32(raw).sigmoid()}
+        """Beta, the learning rate of a write."""
+        return {"beta": self.max_beta * at_least_fp32(raw).sigmoid()}
 
     def rule(self, operands: Operands, memory: Tensor) -> tuple[Tensor, Any]:
         """The delta rule."""
-        assert operands.strength is not None
-        return delta(*operands[:3], operands.strength, memory, chunk_size=self.chunk_size)
+        assert operands.beta is not None
+        return delta(*operands[:3], operands.beta, memory, chunk_size=self.chunk_size)

@@ -1,6 +1,6 @@
 """Feature maps of linear attention: what queries and keys become before they meet.
 
-A normalised read divides by a sum of inner products of features, so these maps keep them positive.
+A normalized read divides by a sum of inner products of features, so these maps keep them positive.
 """
 
 import torch

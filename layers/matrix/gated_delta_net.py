@@ -33,13 +33,13 @@ class GatedDeltaNet(MatrixMemory):
 
     * q, k, v: projection, short causal convolution, SiLU; `l2_norm` of q and k;
     * decay `log a_t = -exp(A_log) softplus(w_a . x_t + dt_bias)`, in fp32;
-    * write strength `b_t = sigmoid(w_b . x_t)`;
+    * beta `b_t = sigmoid(w_b . x_t)`;
     * output: RMSNorm per head, times `silu(W_g x_t)`, then the output projection.
 
     Args:
         d_model: width D.
         heads: H; default 4.
-        key_heads: G, heads of q and k, each read by H / G neighbouring heads; default H.
+        key_heads: G, heads of q and k, each read by H / G neighboring heads; default H.
         head_dim: key size K of a head; default D / H.
         expand_v: value size over key size, V / K; default 1.
         conv_size: taps of the short convolution; default 4; 1 for none.
@@ -93,7 +93,7 @@ class GatedDeltaNet(MatrixMemory):
             output_gate=output_gate,
         )
         self.chunk_size = chunk_size
-        self.max_strength = 2.0 if negative_eigenvalues else 1.0
+        self.max_beta = 2.0 if negative_eigenvalues else 1.0
         self.decay = StepGate(heads, rates=RATES)
 
     def features(
@@ -103,10 +103,10 @@ class GatedDeltaNet(MatrixMemory):
         return l2_norm(x)
 
     def gates(self, raw: Float[Tensor, "b t n"]) -> dict[str, Tensor]:
-        """Log decays and write strengths."""
-        decay, strength = raw.chunk(2, dim=-1)
-        strength = self.max_strength * at_least_fp32(strength).sigmoid()
-        return {"log_decay": self.decay(decay)[0], "strength": strength}
+        """Log decays and betas."""
+        decay, beta = raw.chunk(2, dim=-1)
+        beta = self.max_beta * at_least_fp32(beta).sigmoid()
+        return {"log_decay": self.decay(decay)[0], "beta": beta}
 
     def rule(self, operands: Operands, memory: Tensor) -> tuple[Tensor, Any]:
         """The gated delta rule."""

@@ -39,14 +39,14 @@ class Mamba2(MatrixMemory):
     * output: RMSNorm of `y_t silu(W_z u_t)` over the heads of each group (after the gate, unlike
       the other matrix memories), then the output projection.
 
-    As a matrix memory: C are queries, B keys, x values, and d strengths.
+    As a matrix memory: C are queries, B keys, x values, and d the beta of a write.
 
     Args:
         d_model: width of the input u.
         expand: width of all heads together over `d_model`; default 2.
         head_dim: width P of a head, which must divide `expand * d_model`; default 64.
         state_dim: state size N, the width of B and C; default 128.
-        groups: G, groups of neighbouring heads; default 1, all heads.
+        groups: G, groups of neighboring heads; default 1, all heads.
         conv_size: taps of the short convolution; default 4; 1 for none.
         conv_bias: a bias of the convolution, as released models have; default False.
         bias: biases of the linear maps; default False.
@@ -107,9 +107,9 @@ class Mamba2(MatrixMemory):
         self.norm = RMSNorm(width, norm_eps)
 
     def gates(self, raw: Float[Tensor, "b t h"]) -> dict[str, Tensor]:
-        """Log decays, and steps as the strengths of writes."""
+        """Log decays, and steps as the betas."""
         decay, step = self.decay(raw)
-        return {"log_decay": decay, "strength": step}
+        return {"log_decay": decay, "beta": step}
 
     def operands(self, qkv: Tensor, raw: Tensor, positions: Tensor | None) -> Operands:
         """C, B, x and the gates, and the skip D x."""
@@ -130,7 +130,7 @@ class Mamba2(MatrixMemory):
     def answer(
         self, y: Float[Tensor, "b t h p"], x: Float[Tensor, "b t d"]
     ) -> Float[Tensor, "b t d"]:
-        """What was read as an output: gated by `x`, normalised over groups of heads, mixed."""
+        """What was read as an output: gated by `x`, normalized over groups of heads, mixed."""
         assert self.gate_proj is not None
         y = rearrange(y.to(self.out_proj.weight.dtype), "b t h p -> b t (h p)")
         return self.out_proj(self._normalized(y * F.silu(self.gate_proj(x))))

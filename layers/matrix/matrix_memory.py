@@ -43,7 +43,7 @@ class Operands(NamedTuple):
         k: keys, alike.
         v: values `[B, T, H, V]`.
         log_decay: `[B, T, H]`, or `[B, T, H, K]` per key feature; None for a memory that keeps all.
-        strength: of each write, `[B, T, H]`; None for one.
+        beta: the delta rule's learning rate of each write, `[B, T, H]`; None for one.
         skip: added to what is read, `[B, T, H, V]`; None for nothing.
     """
 
@@ -51,7 +51,7 @@ class Operands(NamedTuple):
     k: Tensor
     v: Tensor
     log_decay: Tensor | None = None
-    strength: Tensor | None = None
+    beta: Tensor | None = None
     skip: Tensor | None = None
 
     def masked(self, present: Bool[Tensor, "b t"]) -> "Operands":
@@ -67,7 +67,7 @@ class MatrixMemory(Memory):
     """Base of the layers whose state is a matrix `S [K, V]` per head.
 
     One linear map gives queries, keys, values and what the gates need; the rule writes and reads;
-    the answer is normalised per head, multiplied by `silu(W_g x)` and projected.
+    the answer is normalized per head, multiplied by `silu(W_g x)` and projected.
 
     Args:
         d_model: width D.
@@ -133,7 +133,7 @@ class MatrixMemory(Memory):
         return x
 
     def gates(self, raw: Float[Tensor, "b t n"]) -> dict[str, Tensor]:
-        """`log_decay` and `strength`, whichever the rule has, from the gates' numbers."""
+        """`log_decay` and `beta`, whichever the rule has, from the gates' numbers."""
         return {}
 
     def rule(self, operands: Operands, memory: Any) -> tuple[Float[Tensor, "b t h v"], Any]:
@@ -176,7 +176,7 @@ class MatrixMemory(Memory):
     def answer(
         self, y: Float[Tensor, "b t h v"], x: Float[Tensor, "b t d"]
     ) -> Float[Tensor, "b t d"]:
-        """What was read as an output: normalised per head, gated by `x`, mixed."""
+        """What was read as an output: normalized per head, gated by `x`, mixed."""
         y = y.to(self.out_proj.weight.dtype)
         y = rearrange(y if self.norm is None else self.norm(y), "b t h v -> b t (h v)")
         if self.gate_proj is not None:
@@ -197,7 +197,7 @@ class MatrixMemory(Memory):
     def forward_saving(
         self, x: Float[Tensor, "b t d"], state: MatrixState | None = None
     ) -> tuple[Output, Float[Tensor, "b t m"]]:
-        """As `forward`, with what was read, before it is normalised and gated."""
+        """As `forward`, with what was read, before it is normalized and gated."""
         state = self.init_state(len(x)) if state is None else state
         y, state = self.read_written(x, state)
         saved = rearrange(y.to(self.out_proj.weight.dtype), "b t h v -> b t (h v)")

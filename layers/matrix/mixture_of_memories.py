@@ -13,9 +13,9 @@ from mneme.layers.matrix.matrix_memory import MatrixMemory, MatrixState, Operand
 from mneme.layers.parts.precision import at_least_fp32
 from mneme.layers.parts.telemetry import observe
 from mneme.layers.protocol import (
+    LayerFactory,
     Memory,
     Output,
-    Recipe,
     map_state,
     require_at_least,
     state_tensors,
@@ -24,16 +24,16 @@ from mneme.layers.recurrent.short_convolution import ConvState, ShortConvolution
 from mneme.layers.registry import register
 from mneme.ops.nothing import in_graph_of
 from mneme.ops.routing import (
-    Packing,
+    Dispatch,
     Routes,
     balance_loss,
-    pack,
-    packed,
+    combine,
+    dispatch,
+    plan_dispatch,
     route,
     router_logits,
     router_telemetry,
     spread,
-    unpacked,
     z_loss,
 )
 
@@ -98,7 +98,7 @@ class MixtureOfMemories(Memory):
         convolve: the memory's short convolution runs "after" routing (default), over the tokens of
             one memory, as in the paper; or "before", over the layer's input in the order of the
             text, in place of it, and the router sees what it gives. After routing, a token's
-            neighbours are not those in the text, and keys cannot count on the token before.
+            neighbors are not those in the text, and keys cannot count on the token before.
         single_projection: one projection of keys, values and gates for all memories, which differ
             in the tokens that they get alone (`single_kv_proj` of the released code); default
             False.
@@ -114,7 +114,7 @@ class MixtureOfMemories(Memory):
     input, ours, with the convolution "before", what that gives; its balance loss of 0.001
     and 0.01 are both published, and both were within noise there. P_m is the mean of the router's
     whole softmax, as in Switch Transformers and the released code for packed sequences; the
-    released code without packing takes the renormalised weights of the k chosen in its place, from
+    released code without dispatch takes the renormalized weights of the k chosen in its place, from
     which a router with k = 1 would learn nothing. The loss is each layer's own, where the packed
     code pools the layers. The released code convolves across the bounds of the memories'
     sequences in training; ours does not.
@@ -127,7 +127,7 @@ class MixtureOfMemories(Memory):
         self,
         d_model: int,
         *,
-        memory: Recipe,
+        memory: LayerFactory,
         memories: int = 4,
         top_k: int = 2,
         shared: bool = True,
@@ -170,7 +170,7 @@ class MixtureOfMemories(Memory):
     def forward(self, x: Float[Tensor, "b t d"], state: MixtureState | None = None) -> Output:
         """Writes each token into its memories and reads them with its query."""
         state = self.init_state(len(x)) if state is None else state
-        if x.numel() == 0:  # there is nothing to write, and no sequence to pack
+        if x.numel() == 0:  # there is nothing to write, and no sequence to dispatch
             return self._nothing(x, state)
         text, conv = self._convolved(x, state.conv)
         logits = self._logits(text, state.position)
@@ -250,39 +250,37 @@ class MixtureOfMemories(Memory):
 
     def _routed(self, x: Tensor, routes: Routes, state: MixtureState) -> tuple[Tensor, Any, Tensor]:
         """Weighted reads `[B, T, H, V]` of the routed memories, and what they hold after."""
-        packing = pack(routes.memory, self.memories, multiple=self.base.chunk_size)
-        operands, tails = self._operands(x, packing, state)
+        plan = plan_dispatch(routes.memory, self.memories, multiple=self.base.chunk_size)
+        operands, tails = self._operands(x, plan, state)
         memories = map_state(_by_memory, state.memories)
-        y, memories = self.base.remember(operands.masked(packing.present), memories)
+        y, memories = self.base.remember(operands.masked(plan.present), memories)
         heads = y.shape[2:]
-        y = unpacked(y.flatten(2), packing, routes.weight).unflatten(-1, heads)
+        y = combine(y.flatten(2), plan, routes.weight).unflatten(-1, heads)
         batch = len(x)
         return y, map_state(lambda s: _by_row(s, batch), memories), _by_row(tails, batch)
 
-    def _operands(
-        self, x: Tensor, packing: Packing, state: MixtureState
-    ) -> tuple[Operands, Tensor]:
+    def _operands(self, x: Tensor, plan: Dispatch, state: MixtureState) -> tuple[Operands, Tensor]:
         """What the rule takes of the packed tokens, and the convolutions' tails after them."""
         base = self.base
-        q, kv, raw = self._projected(x, packing)
+        q, kv, raw = self._projected(x, plan)
         inputs, tails = torch.cat([q, kv], -1), _by_memory(state.tails)
         qkv, _ = base.convolve(inputs, ConvState(tails))
-        tails = _tails_after(tails, inputs, packing.tokens)
+        tails = _tails_after(tails, inputs, plan.tokens)
         positions = base.positions(self._places(state), x.shape[1])
         if positions is not None:
-            positions = packed(positions[..., None], packing)[..., 0]
+            positions = dispatch(positions[..., None], plan)[..., 0]
         return base.operands(qkv, raw, positions), tails
 
-    def _projected(self, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
+    def _projected(self, x: Tensor, plan: Dispatch) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys with values, and the gates' numbers of the packed tokens."""
         weight, bias = self.base.in_proj.weight, self.base.in_proj.bias
         queries, keys, values = self.base.widths
         if self.write_proj is None:
-            every = packed(self.base.in_proj(x), packing)
+            every = dispatch(self.base.in_proj(x), plan)
             q, kv, raw = every.tensor_split([queries, queries + keys + values], dim=-1)
             return q, kv, raw
         first = [] if self.shared else [weight[queries:][None]]
-        rows = rearrange(packed(x, packing), "(m b) l d -> m (b l) d", b=len(x))
+        rows = rearrange(dispatch(x, plan), "(m b) l d -> m (b l) d", b=len(x))
         writes = rearrange(
             torch.bmm(rows, torch.cat([*first, self.write_proj]).mT),
             "m (b l) w -> (m b) l w",
@@ -291,7 +289,7 @@ class MixtureOfMemories(Memory):
         if bias is not None:
             writes = writes + bias[queries:]
         kv, raw = writes.tensor_split([keys + values], dim=-1)
-        return packed(self.base.project_queries(x), packing), kv, raw
+        return dispatch(self.base.project_queries(x), plan), kv, raw
 
     def _nothing(self, x: Tensor, state: MixtureState) -> Output:
         """The output of no token: the sort by memory needs one."""

@@ -166,7 +166,7 @@ def attend(
     complete: Bool[Tensor, "b t"],
     chunk_size: int,
 ) -> tuple[Float[Tensor, "b t h v"], Float[Tensor, "b h f v1"]]:
-    """Normalised reads of the tokens' sums, and of the encoder's too where the prefix is complete.
+    """Normalized reads of the tokens' sums, and of the encoder's too where the prefix is complete.
 
     With the sum of weights as a column, both are one matrix memory without decay; the division
     comes after they are added.

@@ -1,23 +1,23 @@
-"""How the optimiser writes parameters of many rows, of which a step reads a few."""
+"""How the optimizer writes parameters of many rows, of which a step reads a few."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from mneme.layers.protocol import Policy, require_at_least, require_choice
+from mneme.layers.protocol import ParamOptions, require_at_least, require_choice
 
 Update = Literal["lazy", "rowwise", "dense"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowOptions:
-    """How the optimiser writes rows.
+    """How the optimizer writes rows.
 
     Attributes:
         update: what a step does. "lazy" is Adam for the rows that the step has read, "rowwise" is
             Adagrad for them with one accumulator a row; both leave other rows and their state
-            alone, and gradients are sparse. A plain optimiser of torch, such as AdamW, refuses
+            alone, and gradients are sparse. A plain optimizer of torch, such as AdamW, refuses
             sparse gradients: make it with `mneme.models.make_optimizer`, or take "dense", which
-            gives the rows to the model's optimiser like any parameter, with a dense gradient.
+            gives the rows to the model's optimizer like any parameter, with a dense gradient.
         lr_multiplier: times the model's learning rate, before its schedule.
         weight_decay: of the rows that a step writes.
 
@@ -36,13 +36,13 @@ class RowOptions:
         if self.lr_multiplier <= 0:
             raise ValueError(f"lr_multiplier must be above 0, got {self.lr_multiplier}")
 
-    def policy(self, clip_group: str) -> Policy:
-        """The same, as the optimiser is told of it.
+    def policy(self, clip_group: str) -> ParamOptions:
+        """The same, as the optimizer is told of it.
 
         Args:
             clip_group: whose gradients are clipped together.
         """
-        return Policy(
+        return ParamOptions(
             update=self.update,
             lr_multiplier=self.lr_multiplier,
             weight_decay=self.weight_decay,

@@ -14,7 +14,7 @@ class GatedConvolution(Layer):
 
     As the first layer of a recall model it moves each key next to its value, so that what follows
     is compared on recall rather than on learning to shift. As in the public code, the layer adds
-    its own input, so inside a `Residual` the stream also receives its normalised self.
+    its own input, so inside a `Residual` the stream also receives its normalized self.
 
     Args:
         d_model: width D.

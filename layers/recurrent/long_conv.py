@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mneme.layers.parts.precision import at_least_fp32
-from mneme.layers.protocol import Layer, Output, Policy, require_at_least
+from mneme.layers.protocol import Layer, Output, ParamOptions, require_at_least
 from mneme.layers.recurrent.gated_output import GatedOutput
 from mneme.layers.registry import register
 from mneme.ops.long_convolution import long_convolution
@@ -49,7 +49,9 @@ class LongConv(Layer):
         ValueError: fewer than one tap, or a negative squash.
     """
 
-    policies: ClassVar[Mapping[str, Policy]] = {"kernel": Policy(decays=False, max_lr=5e-4)}
+    param_options: ClassVar[Mapping[str, ParamOptions]] = {
+        "kernel": ParamOptions(decays=False, max_lr=5e-4)
+    }
 
     def __init__(self, d_model: int, *, max_len: int, squash: float = 0.003) -> None:
         super().__init__()

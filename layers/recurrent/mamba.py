@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from mneme.layers.matrix.decay_gates import STEP_RANGE, inverse_softplus, log_uniform
 from mneme.layers.parts.precision import at_least_fp32
-from mneme.layers.protocol import Layer, Output, Policy, require_at_least
+from mneme.layers.protocol import Layer, Output, ParamOptions, require_at_least
 from mneme.layers.recurrent.short_convolution import ConvState, ShortConvolution
 from mneme.layers.registry import register
 from mneme.ops.selective_scan import selective_scan
@@ -65,7 +65,7 @@ class Mamba(Layer):
         ValueError: sizes below one.
     """
 
-    policies: ClassVar[Mapping[str, Policy]] = {"A_log": Policy(decays=False)}
+    param_options: ClassVar[Mapping[str, ParamOptions]] = {"A_log": ParamOptions(decays=False)}
 
     def __init__(
         self,

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from mneme.layers.matrix.decay_gates import STEP_RANGE, log_uniform
 from mneme.layers.parts.precision import at_least_fp32
-from mneme.layers.protocol import Layer, Output, Policy
+from mneme.layers.protocol import Layer, Output, ParamOptions
 from mneme.layers.recurrent.gated_output import GatedOutput
 from mneme.layers.registry import register
 from mneme.ops.diagonal_state_space import diagonal_state_space
 
 Rates = Literal["lin", "inv", "legs", "real"]
 
-OF_THE_RATES = Policy(decays=False, max_lr=1e-3)
+OF_THE_RATES = ParamOptions(decays=False, max_lr=1e-3)
 
 
 class S4DState(NamedTuple):
@@ -62,7 +62,7 @@ class S4D(Layer):
         ValueError: a state size that is not even and positive.
     """
 
-    policies: ClassVar[Mapping[str, Policy]] = dict.fromkeys(
+    param_options: ClassVar[Mapping[str, ParamOptions]] = dict.fromkeys(
         ("A_log", "A_imag", "log_step"), OF_THE_RATES
     )
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mneme.layers.matrix.matrix_memory import head_size
 from mneme.layers.parts.precision import at_least_fp32
-from mneme.layers.protocol import Layer, Output, Policy, require_at_least
+from mneme.layers.protocol import Layer, Output, ParamOptions, require_at_least
 from mneme.layers.recurrent.short_convolution import ConvState, ShortConvolution
 from mneme.layers.registry import register
 from mneme.ops.lstm import LSTMState, lstm
@@ -76,7 +76,7 @@ class SLSTM(Layer):
         ValueError: heads that do not divide the width, or heads of one unit.
     """
 
-    policies: ClassVar[Mapping[str, Policy]] = {"bias": Policy(decays=False)}
+    param_options: ClassVar[Mapping[str, ParamOptions]] = {"bias": ParamOptions(decays=False)}
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ class BlockFFN(Layer):
     * `loss_chunk = mean_{c,e} 1 - prod_{t in c} (1 - a_te / sum_i a_ti)`: how likely each expert is
       in use anywhere in a chunk c, if a token chose one expert by its share;
     * `loss_locality = mean BCE(sigmoid(s r_t), sigmoid(s r_{t+1}))` with logits r = W_r x and s =
-      100: neighbours are to activate the same experts.
+      100: neighbors are to activate the same experts.
 
     Tokens are sorted by expert as in `MixtureOfExperts`. The layer has no state; the losses look
     along time within one call, outputs do not.

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mneme.layers.parts.precision import at_least_fp32
-from mneme.layers.protocol import Layer, Output, Recipe, require_at_least
+from mneme.layers.protocol import Layer, LayerFactory, Output, require_at_least
 from mneme.layers.registry import register
 from mneme.layers.sparse.block_ffn import BlockFFN
 from mneme.layers.sparse.mixture_of_experts import MixtureOfExperts
@@ -56,7 +56,7 @@ class ChunkMixtureOfExperts(Layer):
         ValueError: a mixture that is neither.
     """
 
-    def __init__(self, d_model: int, *, mixture: Recipe, chunk: int = 32) -> None:
+    def __init__(self, d_model: int, *, mixture: LayerFactory, chunk: int = 32) -> None:
         super().__init__()
         require_at_least(1, chunk=chunk)
         experts = mixture(d_model)

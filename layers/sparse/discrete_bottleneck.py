@@ -44,9 +44,9 @@ class DiscreteKeyValueBottleneck(Layer):
         keys: P, of each codebook; default 256.
         key_dim: width of a key; default 8.
         value_dim: width of a value; default D, and then there is no W_out.
-        table: how the optimiser writes the values; row c P + j is under key j of codebook c.
+        table: how the optimizer writes the values; row c P + j is under key j of codebook c.
 
-    Initialisation: projections with rows of unit norm; values are zero, and so is the output.
+    Initialization: projections with rows of unit norm; values are zero, and so is the output.
 
     Where we differ: published settings are 256 codebooks of 4,096 keys of width 14, in front of a
     frozen encoder. Averages start empty, and the first batch seeds most of the keys.

@@ -57,9 +57,9 @@ class PEER(Layer):
         scores: "softmax" over the k scores kept (default), or "sigmoid" or "relu" of each. A head
             whose experts all have scores below zero is silent with the last, and learns nothing.
         activation: of the neuron, "gelu" (default), "relu" or "identity".
-        table: how the optimiser writes the experts. Layers that share a name share experts.
+        table: how the optimizer writes the experts. Layers that share a name share experts.
 
-    Initialisation: U is N(0, 1/D), so that a neuron's input has the variance of x; V is
+    Initialization: U is N(0, 1/D), so that a neuron's input has the variance of x; V is
     N(0, 1/(h k)), so that h k neurons add up to it. The paper does not give its own.
     """
 

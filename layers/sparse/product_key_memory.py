@@ -55,13 +55,13 @@ class ProductKeyMemory(Layer):
             `y = sigmoid(w . x + b) W_out z` with b = -2 at the start (the factual memory of Hydra,
             arXiv 2508.15099); "none" adds z itself to the stream, or W_out z where its width is
             not D.
-        table: how the optimiser writes the values, and whether layers share them.
+        table: how the optimizer writes the values, and whether layers share them.
 
-    Initialisation: values N(0, 1/value_dim), queries as `ProductKeys`. Sub-keys are uniform within
+    Initialization: values N(0, 1/value_dim), queries as `ProductKeys`. Sub-keys are uniform within
     1/sqrt(key_dim) where the gate is Memory+'s, as in its code, and within sqrt(2) times that, as
     in the first paper's, elsewhere. Gate and output are of unit gain (N(0, 1/their input's width)).
 
-    Where we differ: queries are normalised by LayerNorm by default. Both papers' code has no norm
+    Where we differ: queries are normalized by LayerNorm by default. Both papers' code has no norm
     by default, with which a direction common to all inputs leaves most rows unused, and the batch
     norm that the first paper recommends mixes tokens. Memory+ has N(0, 1/D) for both maps of its
     gated output, whatever the width of a row, and starts their biases as `nn.Linear` does; ours

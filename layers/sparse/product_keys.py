@@ -42,14 +42,14 @@ class ProductKeys(nn.Module):
         top_k: k.
         sub_keys: n.
         key_dim: K, even: both halves together.
-        query_norm: "layer" normalises each half of a query alone, with a learned scale and bias.
-            "batch" is the paper's batch normalisation: it keeps rows in use from the start even if
+        query_norm: "layer" normalizes each half of a query alone, with a learned scale and bias.
+            "batch" is the paper's batch normalization: it keeps rows in use from the start even if
             inputs have a common direction, but in training a token then depends on all others of
             the batch, later ones too. "none" leaves queries as they are.
         shared: heads search the same sub-keys, as in PEER; otherwise each has its own.
         key_bound: sub-keys start uniform within it; default 1/sqrt(K/2), as in the paper's code.
 
-    Initialisation: the query map Xavier-uniform, its bias uniform within 1/sqrt(D).
+    Initialization: the query map Xavier-uniform, its bias uniform within 1/sqrt(D).
     """
 
     def __init__(

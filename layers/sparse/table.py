@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mneme.layers.parts.row_options import RowOptions
-from mneme.layers.protocol import Policy, require_at_least
+from mneme.layers.protocol import ParamOptions, require_at_least
 from mneme.ops.table_read import dot_rows, sum_rows
 
 CLIP_GROUP = "tables"  # gradients of tables are clipped together, apart from all others
@@ -20,7 +20,7 @@ CLIP_GROUP = "tables"  # gradients of tables are clipped together, apart from al
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptions(RowOptions):
-    """How the optimiser writes a table, as `RowOptions` says, and who owns it.
+    """How the optimizer writes a table, as `RowOptions` says, and who owns it.
 
     Attributes:
         share: a name under which the model owns the table, so that every layer that gives this name
@@ -94,8 +94,8 @@ class Table(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, dim).normal_(std=std))
 
     @property
-    def policies(self) -> Mapping[str, Policy]:
-        """What the optimiser is told of the weight."""
+    def param_options(self) -> Mapping[str, ParamOptions]:
+        """What the optimizer is told of the weight."""
         return {"weight": self.options.policy(CLIP_GROUP)}
 
     def sum_rows(

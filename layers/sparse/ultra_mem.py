@@ -60,10 +60,10 @@ class UltraMem(Layer):
         expansion: E, a square; a side has sqrt(E) n sub-keys; default 4.
         scoring: default rank 2, 2 cores, one query for all heads, and the paper's loss on the
             cores' tail.
-        table: how the optimiser writes the values, and whether layers share them. A row of the
+        table: how the optimizer writes the values, and whether layers share them. A row of the
             table is one slice of a value.
 
-    Initialisation: values N(0, 0.02^2), output N(0, 1 / (E value_dim)), keys as `TuckerKeys`.
+    Initialization: values N(0, 0.02^2), output N(0, 1 / (E value_dim)), keys as `TuckerKeys`.
 
     Where we differ: the paper reads a block's input and adds the output some blocks later; here
     a layer is a layer, and a pattern decides where it stands. Its convolution on queries is left
@@ -149,14 +149,14 @@ class UltraMemV2(Layer):
         value_dim: width of a row of V; default 3D/8.
         expansion: E, a square; default 1.
         scoring: default rank 2 with a query for each rank, one core, and no losses.
-        table: how the optimiser writes P and V. Layers that share a name share both.
+        table: how the optimizer writes P and V. Layers that share a name share both.
 
-    Initialisation: W_pre and W_out N(0, 2 / (5D)), as in the paper, keys as `TuckerKeys`, and P and
+    Initialization: W_pre and W_out N(0, 2 / (5D)), as in the paper, keys as `TuckerKeys`, and P and
     V such that the output has the variance of that of a `SwiGLU` (`matched_std`).
 
     Where we differ: the paper's feed-forward starts with other variances than `SwiGLU`, and its
     division by the depth is left to the model, which divides every `out_proj`. Layers share their
-    tables or none, where the paper's blocks read those of their neighbours on a ring. The released
+    tables or none, where the paper's blocks read those of their neighbors on a ring. The released
     code matches no variances: there P and V are N(0, 0.02^2), W_pre N(0, 1/D), W_out N(0,
     1/value_dim), and the scales of both norms (key_dim / 2)^-0.4. It has two cores for each head,
     and its balance loss counts the k best rows and columns by themselves, ours those of the k best

@@ -70,7 +70,7 @@ class Selected(NamedTuple):
 class TuckerKeys(nn.Module):
     """The k of E n^2 slots with the largest Tucker scores, for each of h heads.
 
-    With queries and keys normalised over their width, by LayerNorm with a learned scale,
+    With queries and keys normalized over their width, by LayerNorm with a learned scale,
 
         rows[i, a] = K_row[i, a] . q_row,   columns[j, a] = K_column[j, a] . q_column,
         score(i, j) = rows[i] C columns[j]^T,   C = C_1 + ... + C_c,   i, j < sqrt(E) n.
@@ -90,7 +90,7 @@ class TuckerKeys(nn.Module):
         key_dim: width of a query, both halves, even.
         scoring: the rest.
 
-    Initialisation: queries N(0, 2 / key_dim), keys likewise; cores uniform in (0, 1), scaled so
+    Initialization: queries N(0, 2 / key_dim), keys likewise; cores uniform in (0, 1), scaled so
     that the leading singular value of their sum is c; the scales of both norms are equal, and such
     that the scores that are selected have mean square 1. At UltraMem's sizes (arXiv 2411.12364) the
     last two rules give what its code has at all sizes: cores that need little scaling for r = 2,

@@ -14,13 +14,13 @@ from mneme.layers.attention.rotary import rotate
 from mneme.layers.parts.norm import RMSNorm, l2_norm
 from mneme.layers.parts.precision import at_least_fp32
 from mneme.layers.parts.telemetry import observe, observing
-from mneme.layers.protocol import Memory, Output, Policy, require_at_least
+from mneme.layers.protocol import Memory, Output, ParamOptions, require_at_least
 from mneme.layers.recurrent.short_convolution import ConvState, ShortConvolution
 from mneme.layers.registry import register
 from mneme.layers.test_time.test_time_parts import (
     MAX_CHUNK_DECAY,
     Features,
-    Forgetting,
+    ForgetGate,
     Learner,
     PolynomialFeatures,
     Readout,
@@ -51,7 +51,7 @@ from mneme.ops.test_time import (
 
 KEEP_RANK = 32  # of the map that makes a decay per channel, as in Miras (arXiv 2504.13173)
 TTT_NORM_EPS = 1e-6  # of the norm over the model's width, in the code of TTT
-LIMIT_BIAS = 0.5413  # softplus of it is 1: errors are limited to a root mean square of 1 at first
+DELTA_BIAS = 0.5413  # softplus of it is 1: errors are limited to a root mean square of 1 at first
 
 
 class TestTimeState(NamedTuple):
@@ -74,15 +74,15 @@ class TestTimeState(NamedTuple):
     deep={
         "heads": 1,
         "memory": MLP(depth=3, expand=1, activation="silu"),
-        "retention": Forgetting("none"),
+        "forget_gate": ForgetGate("none"),
         "readout": Readout(gate=False),
         "features": Features(conv_size=1),
     },
     average={
         "heads": 2,
         "memory": MLP(depth=1, bias=True),
-        "retention": Forgetting("none"),
-        "learner": Learner(update="average", momentum=False, max_step=0.1),
+        "forget_gate": ForgetGate("none"),
+        "learner": Learner(update="average", momentum=False, max_inner_lr=0.1),
         "features": Features(conv_size=1, silu=False, normalize=False, rope="chunk"),
         "readout": Readout("model", gate=False),
         "chunk_size": 8,
@@ -91,10 +91,10 @@ class TestTimeState(NamedTuple):
         "heads": 2,
         "memory": SwiGLU(),
         "objective": DotProduct(),
-        "retention": Forgetting("none", boundary=RowNorm()),
+        "forget_gate": ForgetGate("none", boundary=RowNorm()),
         # few tokens leave most of an update to rounding: without the outer step bf16 is far off
         "learner": Learner(
-            update="chunk", step_per_map=True, orthogonal="scheduled", outer_step=True
+            update="chunk", inner_lr_per_weight=True, orthogonal="scheduled", outer_lr=True
         ),
         "features": Features(conv_size=1, affine=True, rope="sequence"),
         "chunk_size": 8,
@@ -103,21 +103,21 @@ class TestTimeState(NamedTuple):
     lp={
         "heads": 2,
         "objective": LpError(),
-        "retention": Forgetting(boundary=LqNorm()),
-        "learner": Learner(momentum=False, max_step=0.02),
+        "forget_gate": ForgetGate(boundary=LqNorm()),
+        "learner": Learner(momentum=False, max_inner_lr=0.02),
         "chunk_size": 8,
     },
     huber={
         "heads": 2,
         "objective": Huber("clip"),
-        "retention": Forgetting("channel"),
+        "forget_gate": ForgetGate("channel"),
         "learner": Learner(momentum=False),
         "chunk_size": 8,
         "recompute": True,
     },
     mirror={
         "heads": 2,
-        "retention": Forgetting(boundary=Softmax(scale_of_unit=4.0)),
+        "forget_gate": ForgetGate(boundary=Softmax(scale_of_unit=4.0)),
         "learner": Learner(momentum=False),
         "chunk_size": 4,
         "read_before": True,
@@ -125,7 +125,7 @@ class TestTimeState(NamedTuple):
     slots={
         "heads": 2,
         "memory": Slots(slots=6, form="encode"),
-        "retention": Forgetting(boundary=UnitSlots()),
+        "forget_gate": ForgetGate(boundary=UnitSlots()),
         "learner": Learner(momentum=False),
         "chunk_size": 4,
     },
@@ -138,7 +138,7 @@ class TestTimeState(NamedTuple):
     },
     windowed_muon={
         "heads": 2,
-        "learner": Learner(update="chunk", orthogonal=True, outer_step=True, window=3),
+        "learner": Learner(update="chunk", orthogonal=True, outer_lr=True, window=3),
         "chunk_size": 8,
         "read_before": True,
     },
@@ -167,9 +167,9 @@ class TestTimeMemory(Memory):
     Args:
         d_model: width D.
         heads: memories H, a divisor of D; default 4.
-        memory: architecture; default `MLP()`, two layers of width 4 D / H, residual, normalised.
+        memory: architecture; default `MLP()`, two layers of width 4 D / H, residual, normalized.
         objective: inner loss; default the squared error.
-        retention: how it forgets; default a gate per head.
+        forget_gate: how it forgets; default a gate per head.
         learner: how it learns; default momentum and a step of at most 0.5.
         chunk_size: C, tokens whose gradients are taken at the same weights; default 16. It belongs
             to the function, except with `learner.anchor="token"`. Chunks stand at absolute places.
@@ -191,8 +191,8 @@ class TestTimeMemory(Memory):
         ValueError: heads that do not divide the width, or parts that do not go together.
     """
 
-    policies: ClassVar[Mapping[str, Policy]] = dict.fromkeys(
-        ("initial", "memory_norm_weight", "memory_norm_bias"), Policy(decays=False)
+    param_options: ClassVar[Mapping[str, ParamOptions]] = dict.fromkeys(
+        ("initial", "memory_norm_weight", "memory_norm_bias"), ParamOptions(decays=False)
     )
     __test__ = False  # the name is the field's; pytest is not to collect it
 
@@ -203,7 +203,7 @@ class TestTimeMemory(Memory):
         heads: int = 4,
         memory: MemoryNetwork = MLP(),  # noqa: B008  (frozen)
         objective: Objective = SquaredError(),  # noqa: B008
-        retention: Forgetting = Forgetting(),  # noqa: B008
+        forget_gate: ForgetGate = ForgetGate(),  # noqa: B008
         learner: Learner = Learner(),  # noqa: B008
         chunk_size: int = 16,
         read_before: bool = False,
@@ -217,18 +217,18 @@ class TestTimeMemory(Memory):
             raise ValueError(f"heads ({heads}) must divide d_model ({d_model})")
         self.heads, self.features, self.recompute = heads, features, recompute
         self.readout = readout
-        self.retention, self.learner = retention, learner
+        self.forget_gate, self.learner = forget_gate, learner
         self.rule = Rule(
             memory=memory,
             objective=objective,
-            boundary=retention.boundary,
+            boundary=forget_gate.boundary,
             chunk=chunk_size,
             update=learner.update,
-            decay=retention.gate,
+            decay=forget_gate.gate,
             anchor=learner.anchor,
             momentum=learner.momentum,
             orthogonal=learner.orthogonal,
-            outer_step=learner.outer_step,
+            outer_lr=learner.outer_lr,
             window=learner.window,
             read_before=read_before,
         )
@@ -338,13 +338,14 @@ class TestTimeMemory(Memory):
 
     def _make_gates(self, d_model: int) -> None:
         """One linear map for all gates of a head, and a decay per channel by a map of low rank."""
-        learner, retention = self.learner, self.retention
+        learner, forget_gate = self.learner, self.forget_gate
         biases = {
-            "step": [learner.step_bias] * (len(self.initial) if learner.step_per_map else 1),
-            "keep": [retention.bias] if retention.gate == "head" else [],
+            "step": [learner.inner_lr_bias]
+            * (len(self.initial) if learner.inner_lr_per_weight else 1),
+            "keep": [forget_gate.bias] if forget_gate.gate == "head" else [],
             "momentum": [learner.momentum_bias] if learner.momentum else [],
             "window": [0.0] * learner.window if learner.window > 1 else [],
-            "limit": [LIMIT_BIAS] if self.rule.objective.needs_limit else [],
+            "delta": [DELTA_BIAS] if self.rule.objective.needs_delta else [],
         }
         self.gate_sizes = {name: len(values) for name, values in biases.items()}
         bias = torch.tensor([value for values in biases.values() for value in values])
@@ -353,11 +354,11 @@ class TestTimeMemory(Memory):
         with torch.no_grad():
             self.gates_proj.weight.zero_()
             self.gates_proj.bias.copy_(bias.repeat(self.heads))
-        if retention.gate == "channel":
+        if forget_gate.gate == "channel":
             rank = min(KEEP_RANK, d_model)
             down, up = nn.Linear(d_model, rank, bias=False), nn.Linear(rank, d_model)
             nn.init.zeros_(up.weight)
-            nn.init.constant_(up.bias, retention.bias)
+            nn.init.constant_(up.bias, forget_gate.bias)
             self.keep_proj = nn.Sequential(down, up)
 
     def _gates(self, x: Tensor) -> Gates:
@@ -372,7 +373,7 @@ class TestTimeMemory(Memory):
             return function(present[name]) if name in present else None
 
         rule = self.rule
-        step = self.learner.largest_step(rule.chunk, rule.memory) * parts["step"].sigmoid()
+        step = self.learner.largest_inner_lr(rule.chunk, rule.memory) * parts["step"].sigmoid()
         keep = gate("keep", lambda z: -F.softplus(z))
         if self.keep_proj is not None:
             forgotten = F.softplus(at_least_fp32(self.keep_proj(x)))
@@ -383,7 +384,7 @@ class TestTimeMemory(Memory):
             log_keep=keep,
             log_momentum=gate("momentum", lambda z: F.logsigmoid(z)[..., 0]),
             window=gate("window", torch.sigmoid),
-            limit=gate("limit", lambda z: F.softplus(z) * self.value_dim**0.5),
+            delta=gate("delta", lambda z: F.softplus(z) * self.value_dim**0.5),
         )
 
     def _slow(self) -> Slow:
@@ -423,7 +424,7 @@ class TestTimeMemory(Memory):
         return rearrange(x, "b t (h k) -> b t h k", h=self.heads)
 
     def _placed(self, xs: list[Tensor], state: TestTimeState, *, advance: bool) -> list[Tensor]:
-        """Normalised, rotated to their places, and expanded to features.
+        """Normalized, rotated to their places, and expanded to features.
 
         Args:
             xs: queries or keys, `[B, T, H, K]`.
@@ -443,7 +444,7 @@ class TestTimeMemory(Memory):
         return xs if self.expand is None else [self.expand(x) for x in xs]
 
     def _answer(self, y: Tensor, x: Tensor) -> Tensor:
-        """What was read `[B, T, H, V]` as an output: normalised, gated by `x`, mixed."""
+        """What was read `[B, T, H, V]` as an output: normalized, gated by `x`, mixed."""
         y = y.to(self.norm.weight.dtype)
         if self.readout.norm == "model":
             y = self.norm(rearrange(y, "b t h v -> b t (h v)"))

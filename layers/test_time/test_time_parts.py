@@ -1,4 +1,4 @@
-"""The parts of a test-time memory that belong to a layer: features, retention, learner.
+"""The parts of a test-time memory that belong to a layer: features, forget gate, learner.
 
 Each is a plain description, so that a config can name it; the layer makes the parameters.
 """
@@ -17,7 +17,7 @@ from mneme.ops.constants import kept
 from mneme.ops.test_time import MLP, Boundary, MemoryNetwork, Orthogonal
 from mneme.ops.test_time.choices import require_one_of
 
-DEEP_STEP = 0.002  # with maps between hidden layers: 0.01 and more is chaotic at initialisation
+DEEP_STEP = 0.002  # with maps between hidden layers: 0.01 and more is chaotic at initialization
 NORMALIZED_STEP = 0.5  # of 1/16, 0.25, 0.5 and 1 the largest at which MQAR is learnt fastest
 MAX_CHUNK_DECAY = 30.0  # nats a channel may lose in a chunk: the inverse's square must fit fp32
 
@@ -58,7 +58,7 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Forgetting:
+class ForgetGate:
     """How a memory forgets.
 
     Args:
@@ -77,15 +77,15 @@ class Forgetting:
 
 @dataclass(frozen=True)
 class Learner:
-    """How a memory learns: step theta_t = max_step sigmoid(w . x_t + b), and what becomes of it.
+    """How a memory learns: theta_t = max_inner_lr sigmoid(w . x_t + b), and what becomes of it.
 
     Args:
-        max_step: largest step of a token; default None: 0.5 for a memory that ends in a layer norm,
+        max_inner_lr: of a token; default None: 0.5 for a memory that ends in a layer norm,
             which bounds what any step can do (0.002 from depth 3 on); 1 where errors are taken
             token by token; else 1 / chunk_size, with which no chunk of unit keys overshoots in a
             linear memory without momentum (momentum eta multiplies steps by up to 1 / (1 - eta)).
-        step_bias: b; default 0.
-        step_per_map: a step for each linear map (update="chunk" only); default False.
+        inner_lr_bias: b; default 0.
+        inner_lr_per_weight: a step for each linear map (update="chunk" only); default False.
         momentum: eta_t = sigmoid(w . x_t + b) per head; default True.
         momentum_bias: its b; default 0.
         update: "token" (default), "average" or "chunk"; see `mneme.ops.test_time.Rule`.
@@ -93,31 +93,31 @@ class Learner:
         window: c, tokens whose loss each step reduces, weighted by learned gates; default 1.
         orthogonal: Newton-Schulz on each update (update="chunk" only): True, with Muon's
             coefficients; "scheduled", with LaCT's, which differ from step to step; default False.
-        outer_step: multiply the update by the chunk's mean step, after that; default False.
+        outer_lr: multiply the update by the chunk's mean step, after that; default False.
     """
 
-    max_step: float | None = None
-    step_bias: float = 0.0
-    step_per_map: bool = False
+    max_inner_lr: float | None = None
+    inner_lr_bias: float = 0.0
+    inner_lr_per_weight: bool = False
     momentum: bool = True
     momentum_bias: float = 0.0
     update: Literal["token", "average", "chunk"] = "token"
     anchor: Literal["chunk", "token"] = "chunk"
     window: int = 1
     orthogonal: Orthogonal = False
-    outer_step: bool = False
+    outer_lr: bool = False
 
     def __post_init__(self) -> None:
         """Checks the choices that concern the learner alone."""
-        if self.max_step is not None and self.max_step < 0:
-            raise ValueError(f"max_step must be 0 or more, got {self.max_step}")
-        if self.step_per_map and (self.update != "chunk" or self.window > 1):
-            raise ValueError("step_per_map needs update='chunk' and window=1")
+        if self.max_inner_lr is not None and self.max_inner_lr < 0:
+            raise ValueError(f"max_inner_lr must be 0 or more, got {self.max_inner_lr}")
+        if self.inner_lr_per_weight and (self.update != "chunk" or self.window > 1):
+            raise ValueError("inner_lr_per_weight needs update='chunk' and window=1")
 
-    def largest_step(self, chunk_size: int, memory: MemoryNetwork) -> float:
-        """`max_step`, or its default for a memory."""
-        if self.max_step is not None:
-            return self.max_step
+    def largest_inner_lr(self, chunk_size: int, memory: MemoryNetwork) -> float:
+        """`max_inner_lr`, or its default for a memory."""
+        if self.max_inner_lr is not None:
+            return self.max_inner_lr
         if self.anchor == "token":
             return 1.0
         if not memory.norm:

@@ -3,7 +3,7 @@
 L places, k children of a node, r_l units of a block of level l, W numbers of a unit.
 
 A file is a header of one page, checksums in whole pages, then one record per node. Nodes are in
-tree order: the blocks below a node are neighbours in each file. A record is a block `[L, r_l, W]`
+tree order: the blocks below a node are neighbors in each file. A record is a block `[L, r_l, W]`
 and zeros up to a page, so that a read that bypasses the system's cache needs no more than it asks.
 
     header    magic, bytes of the JSON, JSON, XXH3-64 of all that; zeros up to a page

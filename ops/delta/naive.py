@@ -31,7 +31,7 @@ def delta_naive(
 
     Args:
         q: Queries.
-        k: Keys. Nothing is normalised here; with b_t in [0, 2] the state is stable for |k_t| = 1.
+        k: Keys. Nothing is normalized here; with b_t in [0, 2] the state is stable for |k_t| = 1.
         v: Values.
         beta: Strength of each write; 0 leaves the state alone, 1 replaces what was stored, 2
             reflects it.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def zero_order_hold(A: Tensor, B: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    """Discretise h' = A h + B x, with x held during each step.
+    """Discretize h' = A h + B x, with x held during each step.
 
     The new state is exp(step A) h + (exp(step A) - 1) / A * B x. At ordinary steps the exponential
     is close to 1; the difference is therefore computed without forming it, or fp32 would lose

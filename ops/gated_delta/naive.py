@@ -34,7 +34,7 @@ def gated_delta_naive(
 
     Args:
         q: Queries.
-        k: Keys. Nothing is normalised here; with b_t in [0, 2] the state is stable for |k_t| = 1.
+        k: Keys. Nothing is normalized here; with b_t in [0, 2] the state is stable for |k_t| = 1.
         v: Values.
         g: Natural logarithm of the decay, at most 0; None for no decay.
         beta: Strength of each write; 0 leaves the decayed state alone, 1 replaces what was stored.

@@ -1,4 +1,4 @@
-"""Linear attention with a normaliser, and with a prefix that every query sees."""
+"""Linear attention with a normalizer, and with a prefix that every query sees."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def linear_attention(
     eps: float = 1e-6,
     chunk_size: int = 64,
 ) -> tuple[Float[Tensor, "B T H V"], State]:
-    """Compute normalised linear attention in the form that is cheapest for the length given.
+    """Compute normalized linear attention in the form that is cheapest for the length given.
 
     One or two tokens (decoding) go through `linear_attention_naive`, after the prefix, more through
     `linear_attention_chunk`; both compute the same function, to rounding. Arguments and results are

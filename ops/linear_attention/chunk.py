@@ -1,4 +1,4 @@
-"""Normalised linear attention in chunks, on the matrix memory without decay.
+"""Normalized linear attention in chunks, on the matrix memory without decay.
 
 A column of ones beside the values makes z a column of the state, and the sum of the weights a
 column of the reads. A prefix is one product into the first state.

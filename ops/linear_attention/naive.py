@@ -1,4 +1,4 @@
-"""Normalised linear attention, one token at a time: the specification of every other form.
+"""Normalized linear attention, one token at a time: the specification of every other form.
 
 Shapes: B batch, T time, M tokens of the prefix, H heads, F features, V value width.
 """

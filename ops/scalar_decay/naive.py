@@ -38,7 +38,7 @@ def scalar_decay_naive(
 
         S_t = a_t S_{t-1} + k_t v_t^T,    y_t = scale * S_t^T q_t.
 
-    Without g it is linear attention without a normaliser (arXiv 2006.16236); with a constant g per
+    Without g it is linear attention without a normalizer (arXiv 2006.16236); with a constant g per
     head, RetNet (arXiv 2307.08621); with q = C, k = B, v = dt x and g = dt A, Mamba-2 (arXiv
     2405.21060), where the heads of a group share q and k. Head h reads and writes with q and k of
     group h // (H / G).

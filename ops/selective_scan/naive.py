@@ -27,7 +27,7 @@ def selective_scan_naive(
 
         h_t = exp(step_td A_dn) h_{t-1} + step_td B_tn x_td,    y_td = sum_n C_tn h_t.
 
-    As in the authors' code, A is discretised by zero-order hold and B by Euler's rule. The skip
+    As in the authors' code, A is discretized by zero-order hold and B by Euler's rule. The skip
     D x of the paper belongs to the layer.
 
     Args:

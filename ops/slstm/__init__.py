@@ -1,4 +1,4 @@
-"""The sLSTM with block-diagonal recurrence: exponential gates, a normaliser and a stabiliser."""
+"""The sLSTM with block-diagonal recurrence: exponential gates, a normalizer and a stabilizer."""
 
 from typing import Any
 

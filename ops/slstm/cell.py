@@ -28,7 +28,7 @@ def _unit_gradient(i: Tensor, lost: Tensor, m: Tensor, du: Tensor) -> tuple[Tens
     Args:
         i: Log weight of each write, [H, T, B, D].
         lost: -log sigmoid(f), [H, T, B, D].
-        m: Stabilisers, [H, T + 1, B, D].
+        m: Stabilizers, [H, T + 1, B, D].
         du: Gradient of the last m at fixed c exp(m) and n exp(m), [H, B, D].
 
     Returns:

@@ -17,13 +17,13 @@ from mneme.ops.precision import without_autocast
 class SLSTMState(NamedTuple):
     """What an sLSTM carries from token to token, fp32 (fp64 for fp64 inputs).
 
-    Cell and normaliser are held in units of exp(m), so that both stay bounded. A state of zeros is
+    Cell and normalizer are held in units of exp(m), so that both stay bounded. A state of zeros is
     the empty one: where n is 0 nothing has been written, and c and m are not looked at.
 
     Attributes:
         h: Output of the last token, `[B, H, D]`.
         c: Cell, `[B, H, D]`.
-        n: Normaliser, `[B, H, D]`; at least 1 from the first token on.
+        n: Normalizer, `[B, H, D]`; at least 1 from the first token on.
         m: Largest log weight of any write so far, `[B, H, D]`.
     """
 
@@ -41,7 +41,7 @@ def slstm_naive(
     b: Float[Tensor, "4 H D"],
     state: SLSTMState | None = None,
 ) -> tuple[Float[Tensor, "B T H D"], SLSTMState]:
-    """Run an sLSTM (arXiv 2405.04517), an LSTM with exponential gates and a normaliser.
+    """Run an sLSTM (arXiv 2405.04517), an LSTM with exponential gates and a normalizer.
 
     Each gate of head n sees h_{t-1} of that head alone:
 

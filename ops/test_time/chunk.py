@@ -187,7 +187,7 @@ class _Call:
     def _gates(self) -> list[Tensor | None]:
         """The gates as `[B, T, H, .]`, in the order of `TiledGates`."""
         dtype = self.state.weights[0].dtype
-        step, log_keep, log_momentum, window, limit = self.gates
+        step, log_keep, log_momentum, window, delta = self.gates
         momentum = None if log_momentum is None else log_momentum[..., None]
-        gates = (step, log_keep, momentum, window, limit)
+        gates = (step, log_keep, momentum, window, delta)
         return [None if gate is None else gate.to(dtype) for gate in gates]

@@ -139,10 +139,10 @@ class Engine:
 
     def _gradients(self, anchor: Maps, here: _Here) -> Gradients:
         """Gradients of a chunk's tokens at the weights of its start."""
-        k, v, limit = here.k, here.v, here.gates.limit
+        k, v, delta = here.k, here.v, here.gates.delta
 
         def error(prediction: Tensor) -> Tensor:
-            return self.rule.objective.error(prediction, v, limit)
+            return self.rule.objective.error(prediction, v, delta)
 
         return self.rule.memory.gradients(anchor, k, v, self.head, error, self.mm)
 
@@ -229,7 +229,7 @@ class Engine:
             steps = momentum or c.pending
             if rule.orthogonal:
                 steps = tuple(newton_schulz(s, rule.orthogonal) for s in steps)
-            if rule.outer_step:
+            if rule.outer_lr:
                 steps = tuple(s * (step / rule.chunk) for s in steps)
             weights = _each(lambda w, s: torch.addcmul(s, w, log_keep.exp()), weights, steps)
             sums = (torch.zeros_like(sums[0]),)

@@ -70,7 +70,7 @@ REGIMES: dict[str, Regime] = {
         )
     ),
     "muon": Regime(
-        Rule(update="chunk", orthogonal=True, outer_step=True, read_before=True, window=3, chunk=32)
+        Rule(update="chunk", orthogonal=True, outer_lr=True, read_before=True, window=3, chunk=32)
     ),
     "lp": Regime(Rule(objective=LpError(), boundary=LqNorm(), momentum=False)),
     "huber": Regime(Rule(objective=Huber("sign"), momentum=False, decay="channel")),
@@ -167,7 +167,7 @@ class _Draw:
             log_keep=None if rule.decay == "none" else -F.softplus(logits + self.regime.bias),
             log_momentum=F.logsigmoid(self.normal(*shape)) if rule.momentum else None,
             window=self.normal(*shape, rule.window).sigmoid() if rule.window > 1 else None,
-            limit=F.softplus(self.normal(*shape, 1)) if rule.objective.needs_limit else None,
+            delta=F.softplus(self.normal(*shape, 1)) if rule.objective.needs_delta else None,
         )
 
     def slow(self) -> Slow:

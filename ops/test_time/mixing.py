@@ -23,7 +23,7 @@ class TiledGates(NamedTuple):
     log_keep: Tensor | None
     log_momentum: Tensor | None
     window: Tensor | None
-    limit: Tensor | None
+    delta: Tensor | None
 
 
 class Source(NamedTuple):

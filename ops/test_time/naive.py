@@ -57,7 +57,7 @@ def memorize_naive(
     accumulator and the memory is evaluated at its view.
 
     Args:
-        q: queries, `[B, T, H, K]`. Nothing is normalised here.
+        q: queries, `[B, T, H, K]`. Nothing is normalized here.
         k: keys, the same.
         v: values, `[B, T, H, V]`.
         gates: of each token.
@@ -146,11 +146,11 @@ class _Loop:
         return tuple(steps[:, :, i] * u for i, u in enumerate(total))
 
     def _inner_gradient(self, anchor: Weights, k: Tensor, v: Tensor, gates: Gates) -> Weights:
-        limit = None if gates.limit is None else gates.limit[..., None]
+        delta = None if gates.delta is None else gates.delta[..., None]
         outer = torch.is_grad_enabled() and any(x.requires_grad for x in (*anchor, k, v))
         with torch.enable_grad():
             leaves = tuple(w if w.requires_grad else w.detach().requires_grad_() for w in anchor)
-            predicted, error = self._prediction(leaves, k, v, limit)
+            predicted, error = self._prediction(leaves, k, v, delta)
             inner = torch.autograd.grad(predicted, leaves, error, create_graph=outer)
         if not self.rule.memory.tangent:
             return inner
@@ -159,7 +159,7 @@ class _Loop:
         )
 
     def _prediction(
-        self, weights: Weights, k: Tensor, v: Tensor, limit: Tensor | None
+        self, weights: Weights, k: Tensor, v: Tensor, delta: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """What the objective compares, and its derivative there."""
         memory = self.rule.memory
@@ -171,7 +171,7 @@ class _Loop:
             predicted = k @ p
         else:
             predicted = self._apply(weights, k)
-        return predicted, self.rule.objective.error(predicted, v, limit)
+        return predicted, self.rule.objective.error(predicted, v, delta)
 
     def _keep(self, gates: Gates, layer: int) -> Tensor | float:
         """1 - alpha_t: per channel on the first map's inputs and on the last map's outputs."""
@@ -230,7 +230,7 @@ class _Loop:
             steps = self.momentum or self.pending
             if rule.orthogonal:
                 steps = tuple(newton_schulz(s, rule.orthogonal) for s in steps)
-            rho = step / rule.chunk if rule.outer_step else 1.0
+            rho = step / rule.chunk if rule.outer_lr else 1.0
             self.weights = tuple(
                 keep.exp() * w + rho * s for w, s in zip(self.weights, steps, strict=True)
             )

@@ -24,20 +24,20 @@ class SquaredError:
     Titans' main text has no 1/2: the same update takes half the step there.
     """
 
-    needs_limit = False
+    needs_delta = False
 
-    def error(self, prediction: Tensor, value: Tensor, limit: Tensor | None) -> Tensor:
+    def error(self, prediction: Tensor, value: Tensor, delta: Tensor | None) -> Tensor:
         """`f(k) - v`."""
         return prediction - value
 
 
 @dataclass(frozen=True)
 class DotProduct:
-    """`-f(k) . v`. It has no minimum: it needs forgetting or a normalised memory."""
+    """`-f(k) . v`. It has no minimum: it needs forgetting or a normalized memory."""
 
-    needs_limit = False
+    needs_delta = False
 
-    def error(self, prediction: Tensor, value: Tensor, limit: Tensor | None) -> Tensor:
+    def error(self, prediction: Tensor, value: Tensor, delta: Tensor | None) -> Tensor:
         """`-v`, whatever the prediction."""
         return -value.expand_as(prediction)
 
@@ -54,14 +54,14 @@ class LpError:
     """
 
     p: float = 3.0
-    needs_limit = False
+    needs_delta = False
 
     def __post_init__(self) -> None:
         """Checks the exponent."""
         if self.p < 1:
             raise ValueError(f"p must be 1 or more, got {self.p}")
 
-    def error(self, prediction: Tensor, value: Tensor, limit: Tensor | None) -> Tensor:
+    def error(self, prediction: Tensor, value: Tensor, delta: Tensor | None) -> Tensor:
         """The smoothed derivative."""
         r = prediction - value
         size = (r * r + _TINY) ** ((self.p - 1) / 2)
@@ -73,7 +73,7 @@ class Huber:
     """Squared error up to a norm delta, then linear: the objective of Yaad (arXiv 2504.13173).
 
     The paper's update takes the gradient of the squared error where `|r| <= delta` (r the residual
-    of a token, delta its limit) and delta times that of the l1 error elsewhere, `delta sign(r)`,
+    of a token) and delta times that of the l1 error elsewhere, `delta sign(r)`,
     here with `sign(r) = tanh(10 r)`: with a jump at zero, rounding decides updates. The other form
     scales the residual to norm delta instead, which is the gradient of the norm's Huber loss and a
     clip of each token's error.
@@ -83,20 +83,20 @@ class Huber:
     """
 
     form: Literal["sign", "clip"] = "sign"
-    needs_limit = True
+    needs_delta = True
 
     def __post_init__(self) -> None:
         """Checks the form."""
         require_one_of(("sign", "clip"), form=self.form)
 
-    def error(self, prediction: Tensor, value: Tensor, limit: Tensor | None) -> Tensor:
-        """The residual, limited; `limit` is `[..., 1]`, one positive number a token."""
-        assert limit is not None
+    def error(self, prediction: Tensor, value: Tensor, delta: Tensor | None) -> Tensor:
+        """The residual, limited; `delta` is `[..., 1]`, one positive number a token."""
+        assert delta is not None
         r = prediction - value
         square = (r * r).sum(-1, keepdim=True)
         if self.form == "clip":
-            return r * (limit * (square + _TINY**2).rsqrt()).clamp(max=1.0)
-        return torch.where(square <= limit * limit, r, limit * _smooth_sign(r))
+            return r * (delta * (square + _TINY**2).rsqrt()).clamp(max=1.0)
+        return torch.where(square <= delta * delta, r, delta * _smooth_sign(r))
 
 
 def _smooth_sign(r: Tensor) -> Tensor:

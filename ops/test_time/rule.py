@@ -25,14 +25,14 @@ class Gates(NamedTuple):
         log_keep: log(1 - alpha), `[B, T, H, 1]` or per channel `[B, T, H, V]`.
         log_momentum: log(eta), `[B, T, H]`.
         window: weights gamma of the last c tokens' losses, newest first, `[B, T, H, c]`.
-        limit: the Huber objective's delta, `[B, T, H, 1]`.
+        delta: the Huber objective's delta, `[B, T, H, 1]`.
     """
 
     step: Float[Tensor, "B T H L"]
     log_keep: Float[Tensor, "B T H N"] | None = None
     log_momentum: Float[Tensor, "B T H"] | None = None
     window: Float[Tensor, "B T H c"] | None = None
-    limit: Float[Tensor, "B T H 1"] | None = None
+    delta: Float[Tensor, "B T H 1"] | None = None
 
 
 class Slow(NamedTuple):
@@ -99,7 +99,7 @@ class Rule:
         momentum: whether updates accumulate in a momentum.
         orthogonal: Newton-Schulz on each update (update="chunk" only); see `newton_schulz` for what
             True and "scheduled" are.
-        outer_step: multiply each update by the chunk's mean step, after Newton-Schulz.
+        outer_lr: multiply each update by the chunk's mean step, after Newton-Schulz.
         window: c, tokens whose loss each step reduces.
         read_before: read the weights of the chunk's start rather than those after the token's
             own write.
@@ -114,7 +114,7 @@ class Rule:
     anchor: Anchor = "chunk"
     momentum: bool = True
     orthogonal: Orthogonal = False
-    outer_step: bool = False
+    outer_lr: bool = False
     window: int = 1
     read_before: bool = False
 
@@ -154,7 +154,7 @@ class Rule:
             ),
             (chunkwise and not self.read_before, "update='chunk' needs reads before the write"),
             (bool(self.orthogonal) and not chunkwise, "orthogonal updates need update='chunk'"),
-            (self.outer_step and not chunkwise, "an outer step needs update='chunk'"),
+            (self.outer_lr and not chunkwise, "an outer step needs update='chunk'"),
             (not linear, f"{type(self.boundary).__name__} needs reads before the write"),
             (not unit, "slot memories and UnitSlots need each other"),
             (mean and self.momentum, "update='average' has no momentum"),
@@ -173,8 +173,8 @@ class Rule:
                 "anchor='chunk', no momentum and no window",
             ),
             (
-                many and self.objective.needs_limit,
-                f"{type(self.objective).__name__} has one limit a token and needs window=1",
+                many and self.objective.needs_delta,
+                f"{type(self.objective).__name__} has one delta a token and needs window=1",
             ),
             (
                 encoding and not squared,

@@ -65,7 +65,7 @@ def whole_run(prepared: Prepared, steps: int) -> list[float]:
 
 
 def prepared_run(steps: int) -> Prepared:
-    """A freshly initialised model and its task."""
+    """A freshly initialized model and its task."""
     lengths = (f"trainer.max_steps={steps}", f"checkpoint_every={10 * steps}")
     return prepare(compose_checked([*RUN, *lengths]).config)
 

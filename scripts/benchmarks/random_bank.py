@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mneme.layers import HierarchicalFFN, Recipe, SoftmaxAttention, SwiGLU
+from mneme.layers import HierarchicalFFN, LayerFactory, SoftmaxAttention, SwiGLU
 from mneme.layers.bank.memory_bank import BankOptions, BankShape
 from mneme.models import LanguageModel
 from mneme.models.bank import StoredBank, read_manifest, write_bank
@@ -129,7 +129,7 @@ def make_models(sizes: Sizes, bank: StoredBank) -> tuple[LanguageModel, Language
     return served.eval(), anchor.eval()
 
 
-def _model(sizes: Sizes, feed_forward: Recipe) -> LanguageModel:
+def _model(sizes: Sizes, feed_forward: LayerFactory) -> LanguageModel:
     attention = partial(SoftmaxAttention, heads=sizes.heads)
     return LanguageModel(
         sizes.width,

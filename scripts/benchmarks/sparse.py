@@ -1,6 +1,6 @@
 """Speed and memory of layers that read a few rows of a large table.
 
-    steps      a forward and backward pass and the optimiser's step of whole layers, against
+    steps      a forward and backward pass and the optimizer's step of whole layers, against
                product-key-memory and PEER-pytorch with a dense Adam, as their users train them
     lookups    reading, its backward pass and the rows' update, per lookup and by table size;
                finding the rows is left out, as the sub-keys grow with the table's square root
@@ -164,7 +164,7 @@ def _experts(sub_keys: int) -> Contenders:
 
 
 def _ours(model: nn.Module) -> torch.optim.Optimizer:
-    """Our optimiser, over what is dense as well as the tables."""
+    """Our optimizer, over what is dense as well as the tables."""
     return make_optimizer(model, lambda groups: torch.optim.AdamW(groups, lr=1e-3, fused=True))
 
 

@@ -61,7 +61,7 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """Of initialisation, data order and dropout."""
+        """Of initialization, data order and dropout."""
         return int(self.config.get("seed", self.summary.get("seed", 0)))
 
     @property

@@ -3,7 +3,7 @@
 from mneme.tasks.facts.arms import ArmMetrics
 from mneme.tasks.facts.base import FactTask, Zipf
 from mneme.tasks.facts.library import Library, LibraryOptions, ask_for, make_library, write
-from mneme.tasks.facts.metrics import FactMetrics, Told
+from mneme.tasks.facts.metrics import Exposures, FactMetrics
 from mneme.tasks.facts.rare import RareFacts
 from mneme.tasks.facts.routes import LibraryRoutes, RoutingOptions, topic_routes
 from mneme.tasks.facts.words import Words
@@ -12,6 +12,7 @@ from mneme.tasks.facts.zipf import ZipfFacts
 
 __all__ = [
     "ArmMetrics",
+    "Exposures",
     "FactMetrics",
     "FactTask",
     "Library",
@@ -19,7 +20,6 @@ __all__ = [
     "LibraryRoutes",
     "RareFacts",
     "RoutingOptions",
-    "Told",
     "Words",
     "World",
     "Zipf",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mneme.tasks.batch import IGNORE, Batch
-from mneme.tasks.facts.metrics import FactMetrics, Told
+from mneme.tasks.facts.metrics import Exposures, FactMetrics
 from mneme.tasks.metrics import Metrics
 
 
@@ -20,13 +20,13 @@ class ArmMetrics(Metrics):
     - `accuracy/arm=question/exposures=10` over the facts told 10 to 99 times, and so for 0, 1, ...
 
     Args:
-        told: how training tells the facts.
+        exposures: how often training tells the facts.
         objects: the O tokens that stand for objects.
         arms: names, in the order of the numbers in the slice `arm`.
     """
 
-    def __init__(self, told: Told, objects: range, arms: Iterable[str]) -> None:
-        self.arms = {arm: FactMetrics(told, objects) for arm in arms}
+    def __init__(self, exposures: Exposures, objects: range, arms: Iterable[str]) -> None:
+        self.arms = {arm: FactMetrics(exposures, objects) for arm in arms}
 
     def update(self, logits: Tensor, batch: Batch) -> None:
         """Counts one batch; `logits` is `[B, T, V]`, the slices `fact` and `arm` are `[B]`."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mneme.tasks.base import EvalSplit, Facts, Task
-from mneme.tasks.facts.metrics import Told
+from mneme.tasks.facts.metrics import Exposures
 from mneme.tasks.recall.sampling import Ints
 
 # Random streams of their own, beside those of `mneme.tasks.base.STREAMS`.
@@ -128,7 +128,7 @@ class FactTask(Task):
 
     @property
     @abstractmethod
-    def told(self) -> Told:
+    def exposures(self) -> Exposures:
         """How training tells each fact, counted over `counted_batches`."""
 
     def count_exposures(self, facts: int) -> Ints:
@@ -143,27 +143,27 @@ class FactTask(Task):
         return stream(self.seed, ORDER_STREAM).permutation(facts)
 
     @property
-    def guess_level(self) -> float:
+    def chance_level(self) -> float:
         """Accuracy of guessing among all objects."""
         return 1 / self.objects
 
     @property
     def dictionary_level(self) -> float:
         """Accuracy of knowing all that was told and guessing the rest."""
-        shown = float((self.told.exposures > 0).double().mean())
-        return shown + (1 - shown) * self.guess_level
+        shown = float((self.exposures.times > 0).double().mean())
+        return shown + (1 - shown) * self.chance_level
 
-    def references(self, split: EvalSplit) -> dict[str, float]:
+    def baselines(self, split: EvalSplit) -> dict[str, float]:
         """What `monitor` is for solvers that anyone can name, to hold a model's score against."""
-        return super().references(split) | {"a dictionary of what was told": self.dictionary_level}
+        return super().baselines(split) | {"a dictionary of what was told": self.dictionary_level}
 
     def facts(self) -> Facts:
         """What to record with a run, so that its numbers can be read later."""
-        count = len(self.told.exposures)
+        count = len(self.exposures.times)
         return super().facts() | {
             "dictionary_level": self.dictionary_level,
             "facts": count,
-            "facts_told": int((self.told.exposures > 0).sum()),
+            "facts_exposed": int((self.exposures.times > 0).sum()),
             "bits_per_fact": math.log2(self.objects),
             "bits": count * math.log2(self.objects),
             "subjects": self.zipf.subjects,

@@ -13,7 +13,7 @@ from mneme.tasks.facts.base import require_at_least_one
 from mneme.tasks.facts.words import Words, invent
 from mneme.tasks.recall.sampling import Ints
 
-RELATIONS = ("craft", "town", "drink", "colour", "song", "stone", "flower", "beast")
+RELATIONS = ("craft", "town", "drink", "color", "song", "stone", "flower", "beast")
 
 # How a fact may be told. The object is always the last word, so that what comes before asks for it.
 SENTENCES = (

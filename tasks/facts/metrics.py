@@ -20,16 +20,16 @@ Sums = dict[str, float]
 SUMS = ("asked", "right", "nll", "odds", "right_odds", "stored", "bits", "log_exposures")
 
 
-class Told(NamedTuple):
+class Exposures(NamedTuple):
     """How training tells each fact.
 
     Attributes:
-        exposures: `[F]` int64, how many times.
+        times: `[F]` int64.
         odds: `[F]` float64, the probability of being drawn while its phase lasts.
         phase: `[F]` int64, from 0: the part of training that it is told in.
     """
 
-    exposures: Tensor
+    times: Tensor
     odds: Tensor
     phase: Tensor
 
@@ -58,22 +58,22 @@ class FactMetrics(Metrics):
     are scaled up to all.
 
     Args:
-        told: how training tells the facts.
+        exposures: how often training tells the facts.
         objects: the O tokens that stand for objects.
     """
 
-    def __init__(self, told: Told, objects: range) -> None:
-        self.told = told
+    def __init__(self, exposures: Exposures, objects: range) -> None:
+        self.exposures = exposures
         self.objects = objects
-        self.edges = torch.tensor(decades(int(told.exposures.max())))
-        phases = int(told.phase.max()) + 1
+        self.edges = torch.tensor(decades(int(exposures.times.max())))
+        phases = int(exposures.phase.max()) + 1
         self.sums = torch.zeros(phases, len(self.edges), len(SUMS), dtype=torch.float64)
 
     def update(self, logits: Tensor, batch: Batch) -> None:
         """Counts one batch; `logits` is `[B, T, V]`, the slice `fact` is `[B]`."""
         scores = score(logits, batch.targets)
         fact = batch.slices["fact"].cpu()[scores.where // batch.targets.shape[1]]
-        exposures, odds, phase = (values[fact] for values in self.told)
+        exposures, odds, phase = (values[fact] for values in self.exposures)
         columns = {
             "asked": torch.ones_like(odds),
             "right": scores.right.double(),
@@ -104,7 +104,7 @@ class FactMetrics(Metrics):
         whole = _named(self.sums.sum((0, 1)))
         if not whole["asked"]:
             raise ValueError("no fact was asked for, so there is nothing to average over")
-        scale = len(self.told.exposures) / whole["asked"]
+        scale = len(self.exposures.times) / whole["asked"]
         metrics = {
             "loss": whole["nll"] / whole["asked"],
             "accuracy": _accuracy(whole),

@@ -21,7 +21,7 @@ from mneme.tasks.facts.library import (
     shortest_document,
     write,
 )
-from mneme.tasks.facts.metrics import Told
+from mneme.tasks.facts.metrics import Exposures
 from mneme.tasks.facts.routes import Arm, LibraryRoutes, Routes, RoutingOptions, arms_of
 from mneme.tasks.facts.words import Words
 from mneme.tasks.metrics import Metrics
@@ -129,7 +129,7 @@ class RareFacts(FactTask):
         """A hash of all words."""
         return self.tokenizer.fingerprint
 
-    def keep_vocabulary(self, folder: Path) -> None:
+    def save_tokenizer(self, folder: Path) -> None:
         """Writes `words.txt` and, if training has a router's routes, the router to `router/`."""
         self.tokenizer.save(folder)
         if self.router is not None:
@@ -145,12 +145,12 @@ class RareFacts(FactTask):
         return self.routing.router.hash if self.routing.kind == "router" else None
 
     @cached_property
-    def told(self) -> Told:
+    def exposures(self) -> Exposures:
         """How training tells each fact, counted over `counted_batches`."""
         relations = self.options.relations
         facts = self.options.subjects * relations
-        return Told(
-            exposures=torch.from_numpy(self.count_exposures(facts)),
+        return Exposures(
+            times=torch.from_numpy(self.count_exposures(facts)),
             odds=torch.from_numpy(np.repeat(self.zipf.odds, relations)),
             phase=torch.zeros(facts, dtype=torch.int64),
         )
@@ -178,7 +178,7 @@ class RareFacts(FactTask):
         """Every fact once under each arm, in an order that is the same for both splits."""
 
         def batches() -> Iterator[Batch]:
-            order = self.order(len(self.told.exposures))
+            order = self.order(len(self.exposures.times))
             each = max(1, self.batch_size // len(self.arms))
             for start in range(0, len(order), each):
                 yield self.question(order[start : start + each])
@@ -207,7 +207,7 @@ class RareFacts(FactTask):
     def metrics(self) -> Metrics:
         """A fresh accumulator."""
         objects = range(self.vocab_size - self.objects, self.vocab_size)
-        return ArmMetrics(self.told, objects, self.arms)
+        return ArmMetrics(self.exposures, objects, self.arms)
 
     def facts(self) -> Facts:
         """What to record with a run, so that its numbers can be read later."""

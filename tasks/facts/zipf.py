@@ -11,7 +11,7 @@ import torch
 
 from mneme.tasks.base import Batch, BatchSet, EvalSplit, Facts
 from mneme.tasks.facts.base import WORLD_STREAM, FactTask, Zipf, require_at_least_one, stream
-from mneme.tasks.facts.metrics import FactMetrics, Told
+from mneme.tasks.facts.metrics import Exposures, FactMetrics
 from mneme.tasks.facts.world import PHASES, World, alphabet_for, make_world, tell
 from mneme.tasks.metrics import Metrics
 from mneme.tasks.recall.sampling import Ints
@@ -107,13 +107,13 @@ class ZipfFacts(FactTask):
         )
 
     @cached_property
-    def told(self) -> Told:
+    def exposures(self) -> Exposures:
         """How training tells each fact of its phases, counted over `counted_batches`."""
         one_phase = self.subjects * self.relations
         exposures = self.count_exposures(self.phases * one_phase)
         odds = np.tile(np.repeat(self.zipf.odds / self.relations, self.relations), self.phases)
         phase = torch.arange(self.phases).repeat_interleave(one_phase)
-        return Told(torch.from_numpy(exposures), torch.from_numpy(odds), phase)
+        return Exposures(torch.from_numpy(exposures), torch.from_numpy(odds), phase)
 
     def draw(self, index: int) -> Ints:
         """The facts that training batch `index` tells, `[N]`."""
@@ -140,7 +140,7 @@ class ZipfFacts(FactTask):
 
     def metrics(self) -> Metrics:
         """A fresh accumulator."""
-        return FactMetrics(self.told, range(self.vocab_size - self.objects, self.vocab_size))
+        return FactMetrics(self.exposures, range(self.vocab_size - self.objects, self.vocab_size))
 
     def facts(self) -> Facts:
         """What to record with a run, so that its numbers can be read later."""

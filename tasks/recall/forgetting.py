@@ -1,4 +1,4 @@
-"""Forgetting MQAR: recall of keys that have been written again with other values.
+"""ForgetGate MQAR: recall of keys that have been written again with other values.
 
 Reference: `forgetting_mqar.py` of https://github.com/HazyResearch/zoology, the code of "Zoology:
 Measuring and Improving Recall in Efficient Language Models", https://arxiv.org/abs/2312.04927.
@@ -206,7 +206,7 @@ class ForgettingMQAR(RecallTask):
         self.random_filler = random_filler
 
     @property
-    def guess_level(self) -> float:
+    def chance_level(self) -> float:
         """Accuracy of guessing among all V/2 values.
 
         A guesser that always says the last value written in the context reaches 1/K: see `facts`.
@@ -225,9 +225,9 @@ class ForgettingMQAR(RecallTask):
         ]
         return sum(kept) / sum(self.test_levels)
 
-    def references(self, split: EvalSplit) -> dict[str, float]:
+    def baselines(self, split: EvalSplit) -> dict[str, float]:
         """What `monitor` is for solvers that anyone can name, to hold a model's score against."""
-        return super().references(split) | {"the first value": self.first_value_level}
+        return super().baselines(split) | {"the first value": self.first_value_level}
 
     def facts(self) -> Facts:
         """What to record with a run, so that its numbers can be read later."""

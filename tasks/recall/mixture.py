@@ -71,9 +71,9 @@ class RecallMixture(Task):
         self.odds = _odds(weights, len(train))
 
     @property
-    def guess_level(self) -> float:
-        """Mean of the guess levels of the test tasks."""
-        return sum(task.guess_level for task in self.test_segments) / len(self.test_segments)
+    def chance_level(self) -> float:
+        """Mean of the chance levels of the test tasks."""
+        return sum(task.chance_level for task in self.test_segments) / len(self.test_segments)
 
     def facts(self) -> Facts:
         """What to record with a run, so that its numbers can be read later."""

@@ -259,7 +259,7 @@ class MQAR(RecallTask):
         self.random_filler = random_filler
 
     @property
-    def guess_level(self) -> float:
+    def chance_level(self) -> float:
         """Accuracy of guessing among all V/2 values.
 
         A guesser that has noticed which values the context shows reaches 1/K, and one that

@@ -201,7 +201,7 @@ class Needle(RecallTask):
         self.fixed_noise = fixed_noise
 
     @property
-    def guess_level(self) -> float:
+    def chance_level(self) -> float:
         """Accuracy of guessing among all V/2 values; no token but the insert's narrows it down."""
         return 1 / (self.vocab_size // 2)
 

@@ -1,5 +1,5 @@
-"""Streams of labelled features: what a memory is trained on class by class."""
+"""Streams of labeled features: what a memory is trained on class by class."""
 
-from mneme.tasks.streams.class_incremental import ClassIncremental, Labelled
+from mneme.tasks.streams.class_incremental import ClassIncremental, Labeled
 
-__all__ = ["ClassIncremental", "Labelled"]
+__all__ = ["ClassIncremental", "Labeled"]

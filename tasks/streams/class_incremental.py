@@ -16,14 +16,14 @@ Floats = NDArray[np.float64]
 
 LATENT = 8
 HIDDEN = 256
-OTHER_CLASSES = 10  # unlabelled clusters for each labelled one, as CIFAR-100 has for CIFAR-10
+OTHER_CLASSES = 10  # unlabelled clusters for each labeled one, as CIFAR-100 has for CIFAR-10
 
 # The first half of a random stream's spawn key, as in `mneme.tasks.base`.
 STREAMS = {"encoder": 0, "clusters": 1, "unlabelled": 2, "split": 3, "test": 4}
 Stream = Literal["encoder", "clusters", "unlabelled", "split", "test"]
 
 
-class Labelled(NamedTuple):
+class Labeled(NamedTuple):
     """Features and what they are of.
 
     Attributes:
@@ -45,7 +45,7 @@ class ClassIncremental:
     so on. It is tested on all classes at the end.
 
     A memory that places its keys before any label is known uses `unlabelled`: the same encoder on
-    clusters of other classes, ten times as many. They share no centre with the labelled ones.
+    clusters of other classes, ten times as many. They share no center with the labeled ones.
 
     This is no `Task`: there are no tokens. What is drawn is a function of the seed, of the split
     and of `n`; data for training and for tests come from independent streams.
@@ -64,7 +64,7 @@ class ClassIncremental:
         splits: S.
         clusters: G.
         features: D.
-        spread: standard deviation of a cluster; its centre is drawn with a standard deviation of 1.
+        spread: standard deviation of a cluster; its center is drawn with a standard deviation of 1.
         seed: all randomness follows from it.
     """
 
@@ -96,11 +96,11 @@ class ClassIncremental:
         self._bias = rng.normal(size=HIDDEN)
         self._out = rng.normal(size=(HIDDEN, features)) * (2 / HIDDEN) ** 0.5
         rng = self._rng("clusters")
-        self._centres = rng.normal(size=(classes, clusters, LATENT))
-        self._other_centres = rng.normal(size=(OTHER_CLASSES * classes * clusters, LATENT))
+        self._centers = rng.normal(size=(classes, clusters, LATENT))
+        self._other_centers = rng.normal(size=(OTHER_CLASSES * classes * clusters, LATENT))
 
     @property
-    def guess_level(self) -> float:
+    def chance_level(self) -> float:
         """Test accuracy of guessing among all classes."""
         return 1 / self.classes
 
@@ -115,26 +115,26 @@ class ClassIncremental:
         """`[n, D]` features of other classes."""
         rng = self._rng("unlabelled")
         return self._features(
-            rng, self._other_centres[rng.integers(len(self._other_centres), size=n)]
+            rng, self._other_centers[rng.integers(len(self._other_centers), size=n)]
         )
 
-    def split(self, index: int, n: int) -> Labelled:
+    def split(self, index: int, n: int) -> Labeled:
         """`n` training examples of split `index`, its classes drawn evenly."""
-        return self._labelled(self._rng("split", index), self.classes_of(index), n)
+        return self._labeled(self._rng("split", index), self.classes_of(index), n)
 
-    def test(self, n: int) -> Labelled:
+    def test(self, n: int) -> Labeled:
         """`n` test examples of all classes, drawn evenly."""
-        return self._labelled(self._rng("test"), range(self.classes), n)
+        return self._labeled(self._rng("test"), range(self.classes), n)
 
-    def _labelled(self, rng: np.random.Generator, classes: range, n: int) -> Labelled:
+    def _labeled(self, rng: np.random.Generator, classes: range, n: int) -> Labeled:
         labels = rng.integers(classes.start, classes.stop, size=n)
-        clusters = rng.integers(self._centres.shape[1], size=n)
-        features = self._features(rng, self._centres[labels, clusters])
-        return Labelled(features, torch.from_numpy(labels))
+        clusters = rng.integers(self._centers.shape[1], size=n)
+        features = self._features(rng, self._centers[labels, clusters])
+        return Labeled(features, torch.from_numpy(labels))
 
-    def _features(self, rng: np.random.Generator, centres: Floats) -> Tensor:
-        """Encodes a latent point near each centre, `[N, L]` to `[N, D]`."""
-        latent = centres + self.spread * rng.normal(size=centres.shape)
+    def _features(self, rng: np.random.Generator, centers: Floats) -> Tensor:
+        """Encodes a latent point near each center, `[N, L]` to `[N, D]`."""
+        latent = centers + self.spread * rng.normal(size=centers.shape)
         hidden = np.maximum(latent @ self._in + self._bias, 0)
         return torch.from_numpy(np.tanh(hidden @ self._out).astype(np.float32))
 

@@ -118,7 +118,7 @@ class Text(Task):
                 )
 
     @property
-    def guess_level(self) -> float:
+    def chance_level(self) -> float:
         """`monitor` on the validation text under training frequencies of single tokens."""
         return self._baselines[f"val_unigram_{self.monitor}"]
 
@@ -127,7 +127,7 @@ class Text(Task):
         """The tokenizer's fingerprint."""
         return self.store.meta.fingerprint
 
-    def keep_vocabulary(self, folder: Path) -> None:
+    def save_tokenizer(self, folder: Path) -> None:
         """Puts the tokenizer's model there, where it has one."""
         self.tokenizer.save(folder)
 
@@ -135,7 +135,7 @@ class Text(Task):
         """The tokenizer with the vocabulary that a run kept."""
         return self.tokenizer.load(folder)
 
-    def references(self, split: EvalSplit) -> dict[str, float]:
+    def baselines(self, split: EvalSplit) -> dict[str, float]:
         """`monitor`, on the text that is scored, of unigram counts and of two compressors.
 
         There is no such figure of compressors for a lossy tokenizer: they send all of the text.

@@ -124,7 +124,7 @@ class ByteTokenizer(Tokenizer):
 class SentencePieceTokenizer(Tokenizer):
     r"""Byte-pair encoding, learnt once from the training documents and cached.
 
-    What is learnt here is lossless, unlike SentencePiece's defaults: text is not normalised, spaces
+    What is learnt here is lossless, unlike SentencePiece's defaults: text is not normalized, spaces
     are neither added nor merged, newline and tab are tokens of their own (so encoding line by line
     is the same as encoding whole), and characters outside the vocabulary are spelt in bytes.
     Reference: "SentencePiece: A simple and language independent subword tokenizer and detokenizer
@@ -136,7 +136,7 @@ class SentencePieceTokenizer(Tokenizer):
         model_file: a vocabulary learnt before, to be used as it is; a run keeps the one it was
             trained with as `tokenizer.model`. It must have pieces for bytes and for the end of a
             document. Default: learn one from the corpus.
-        lossy: use a `model_file` that changes text, by normalising it for example; bits per byte
+        lossy: use a `model_file` that changes text, by normalizing it for example; bits per byte
             are then not reported. Without it such a model is refused where it changes the corpus.
 
     Raises:

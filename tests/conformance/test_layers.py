@@ -160,7 +160,7 @@ def test_gradient_of_the_input_is_right(name, example):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_finite_in_bf16_over_16k_tokens_from_initialisation(name):
+def test_finite_in_bf16_over_16k_tokens_from_initialization(name):
     example = next(iter(LAYERS[name].examples))
     layer = example_layer(name, example, torch.bfloat16)
     x = example_input(name, batch=1, length=16_384, dtype=torch.bfloat16)

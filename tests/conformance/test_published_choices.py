@@ -16,7 +16,7 @@ MIXERS = {
     # a row: the class, and attributes of the layer by dotted name
     "attention": (layers.SoftmaxAttention, {"window": None, "rope_base": 10_000.0}),  # RoFormer
     "sliding_window": (layers.SoftmaxAttention, {"window": 16}),
-    "linear_attention": (  # elu + 1, with a normaliser and no convolution
+    "linear_attention": (  # elu + 1, with a normalizer and no convolution
         layers.LinearAttention,
         {"feature_map": "elu", "conv": None, "norm": None, "gate_proj": None},
     ),
@@ -25,11 +25,11 @@ MIXERS = {
     "gla": (layers.GatedLinearAttention, {"key_dim": 16, "value_dim": 32, "conv": None}),
     "deltanet": (  # short convolutions of 4, SiLU, unit keys, no output gate
         layers.DeltaNet,
-        {"conv.weight.shape": (192, 4), "silu": True, "gate_proj": None, "max_strength": 1.0},
+        {"conv.weight.shape": (192, 4), "silu": True, "gate_proj": None, "max_beta": 1.0},
     ),
     "gated_deltanet": (
         layers.GatedDeltaNet,
-        {"conv.weight.shape": (192, 4), "silu": True, "gate_proj.bias": None, "max_strength": 1.0},
+        {"conv.weight.shape": (192, 4), "silu": True, "gate_proj.bias": None, "max_beta": 1.0},
     ),
     "mamba": (layers.Mamba, {"conv.weight.shape": (128, 4), "A_log.shape": (128, 16)}),
     "mamba2": (layers.Mamba2, {"groups": 1, "silu": True}),

@@ -65,7 +65,7 @@ def dense(tmp_path_factory) -> RunDirectory:
 def banked(dense, tmp_path_factory) -> RunDirectory:
     """A bank alone, trained on the frozen anchor."""
     path = tmp_path_factory.mktemp("runs") / "banked"
-    return train(path, *ALONE, f"start_from={dense.path}", DROPOUT)
+    return train(path, *ALONE, f"init_from={dense.path}", DROPOUT)
 
 
 def restored(run: RunDirectory, file=None) -> LanguageModel:
@@ -76,7 +76,7 @@ def restored(run: RunDirectory, file=None) -> LanguageModel:
 
 
 def test_a_run_starts_as_its_anchor_to_the_bit(dense):
-    composed = compose_checked([*RARE, *BANK, f"start_from={dense.path}"])
+    composed = compose_checked([*RARE, *BANK, f"init_from={dense.path}"])
     prepared = prepare(composed.config)
     old, new = restored(dense, dense.best), prepared.model.eval()
     batch = prepared.task.train_batch(0)
@@ -100,12 +100,12 @@ def test_a_frozen_anchor_keeps_every_bit_and_the_bank_learns(dense, banked):
 
 def test_the_summary_says_whose_weights_there_were_and_which_were_trained(dense, banked):
     summary = banked.read_summary()
-    assert summary["start_from"] == {
+    assert summary["init_from"] == {
         "checkpoint": str(dense.best),
         "step": read_checkpoint(dense.best)["global_step"],
     }
     assert summary["train_only"] == "bank"
-    assert not {"start_from", "train_only"} & set(dense.read_summary())
+    assert not {"init_from", "train_only"} & set(dense.read_summary())
 
 
 def test_frozen_parts_do_not_follow_what_they_read():
@@ -132,14 +132,14 @@ def test_a_run_that_was_stopped_goes_on_without_its_anchor(
     with monkeypatch.context() as patch:
         patch.setattr("mneme.harness.run.checkpoints.StopOnSignal.end_of_step", stop_at_the_fourth)
         with pytest.raises(Interrupted):
-            train(stopped.path, *ALONE, DROPOUT, f"start_from={copy}", "save_bank_every=4")
+            train(stopped.path, *ALONE, DROPOUT, f"init_from={copy}", "save_bank_every=4")
     assert read_manifest(stopped.bank).facts["step"] == 4
     shutil.rmtree(copy)
     resume_run(str(stopped.path))
     assert read_metrics(stopped.metrics) == read_metrics(banked.metrics)
     ours, theirs = (model_weights(read_checkpoint(run.last)) for run in (stopped, banked))
     assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
-    assert stopped.read_summary()["start_from"]["checkpoint"].startswith(str(copy))
+    assert stopped.read_summary()["init_from"]["checkpoint"].startswith(str(copy))
     assert read_manifest(stopped.bank).facts["step"] == 6
     said = [line for line in capsys.readouterr().out.splitlines() if "bank" in line]
     assert [line for line in said if line.startswith("saved")] == [
@@ -155,7 +155,7 @@ def stop_at_the_fourth(callback, trainer):
 
 
 def test_an_anchor_with_a_bank_is_taken_whole(banked):
-    config = compose_checked([*RARE, *BANK, f"start_from={banked.last}"]).config
+    config = compose_checked([*RARE, *BANK, f"init_from={banked.last}"]).config
     model = prepare(config).model
     assert all(
         torch.equal(model.state_dict()[name], weight)
@@ -164,11 +164,11 @@ def test_an_anchor_with_a_bank_is_taken_whole(banked):
 
 
 def test_weights_that_do_not_fit_are_named(dense, tmp_path):
-    options = [f"start_from={dense.path}", "ffn.expand=2", "model.tie_embeddings=false"]
+    options = [f"init_from={dense.path}", "ffn.expand=2", "model.tie_embeddings=false"]
     with pytest.raises(ConfigError) as caught:
         train(tmp_path / "run", *options)
     assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
-        f"start_from: {dense.best} is not an anchor for this model:",
+        f"init_from: {dense.best} is not an anchor for this model:",
         "blocks.1.parts.1.parts.0.in_proj.weight is [96, 16] there and [64, 16] in this model",
         "blocks.1.parts.1.parts.0.out_proj.weight is [16, 48] there and [16, 32] in this model",
         "head.weight [229, 16] of this model is not there",
@@ -178,7 +178,7 @@ def test_weights_that_do_not_fit_are_named(dense, tmp_path):
 
 def test_many_weights_that_do_not_fit_are_counted(dense, tmp_path):
     with pytest.raises(ConfigError) as caught:
-        train(tmp_path / "run", f"start_from={dense.path}", "model.d_model=8")
+        train(tmp_path / "run", f"init_from={dense.path}", "model.d_model=8")
     weights = len(model_weights(read_checkpoint(dense.best)))
     assert str(caught.value).endswith(f"and {weights - 8} more weights that do not fit")
 
@@ -186,9 +186,9 @@ def test_many_weights_that_do_not_fit_are_counted(dense, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["start_from=nowhere"], "start_from: there is no run at nowhere"),
-        (["start_from={dense}", "task.seed=7"], "it was trained on the vocabulary"),
-        (["start_from={dense}", "ffn=none"], r"in_proj\.weight \[96, 16\] has no place in this"),
+        (["init_from=nowhere"], "init_from: there is no run at nowhere"),
+        (["init_from={dense}", "task.seed=7"], "it was trained on the vocabulary"),
+        (["init_from={dense}", "ffn=none"], r"in_proj\.weight \[96, 16\] has no place in this"),
         (["train_only=bank"], "train_only: no layer of this model reads a memory bank"),
         (["save_bank_every=3"], "save_bank_every: no layer of this model reads a memory bank"),
         (["train_only=anchor", *BANK], "train_only: expected .*'bank'"),

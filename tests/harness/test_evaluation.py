@@ -10,7 +10,7 @@ from mneme.harness.config.build import build
 from mneme.harness.config.check import ConfigError
 from mneme.harness.config.compose import compose_checked
 from mneme.harness.evaluate.eval_command import evaluate_command
-from mneme.harness.evaluate.evaluation import evaluate, restore_model
+from mneme.harness.evaluate.evaluation import evaluate, lengthened, restore_model
 from mneme.harness.run.checkpoints import read_checkpoint
 from mneme.harness.run.jobs import start_run
 from mneme.harness.run.run_directory import TaskMismatchError
@@ -196,3 +196,15 @@ def test_a_carried_state_makes_the_block_length_irrelevant(text_run):
     short = build({**task, "seq_len": 16})
     fresh = evaluate(model, short, precision=Precision(), split="val")
     assert fresh.metrics["loss"] != pytest.approx(carried[0].metrics["loss"], rel=1e-4)
+
+
+def test_only_batches_of_examples_shrink_as_sequences_grow():
+    """The rows of a text's batch are lanes, whose number decides how far a state is carried."""
+    text = {"_target_": "mneme.tasks.Text", "seq_len": 16, "batch_size": 8}
+    assert lengthened(text, 4) == {**text, "seq_len": 64}
+    recall = {"_target_": "mneme.tasks.MQAR", "seq_len": 16, "batch_size": 8}
+    assert lengthened(recall, 4) == {**recall, "seq_len": 64, "batch_size": 2}
+    assert lengthened(recall, 16) == {**recall, "seq_len": 256, "batch_size": 1}
+    without = {"_target_": "mneme.tasks.MQAR", "seq_len": 16}
+    assert lengthened(without, 4) == {**without, "seq_len": 64}
+    assert lengthened(recall, 1) == recall

@@ -113,7 +113,7 @@ def test_a_checkpoint_that_lacks_what_a_resume_needs_is_refused_and_all_is_kept(
     [("adamw", "none"), ("adamw", "pkm"), ("SGD", "pkm"), ("Adafactor", "none"), ("NAdam", "none")],
 )
 def test_every_checkpoint_that_a_run_saves_is_accepted(train_tiny, monkeypatch, optimizer, ffn):
-    """Whatever the optimiser keeps, after a step and after a validation, at the start and end."""
+    """Whatever the optimizer keeps, after a step and after a validation, at the start and end."""
     options = [f"ffn={ffn}", *ACCUMULATING]
     if optimizer != "adamw":
         options += ["~optimizer.betas", f"optimizer._target_=torch.optim.{optimizer}"]

@@ -15,7 +15,7 @@ from mneme.harness.config.compose import compose_checked
 from mneme.harness.evaluate import eval_command
 from mneme.harness.evaluate.eval_command import evaluate_command
 from mneme.harness.evaluate.evaluation import restore_model
-from mneme.harness.evaluate.usage_page import HEIGHT, LEFT, TOP, WIDTH, write_usage
+from mneme.harness.evaluate.usage_page import HEIGHT, LEFT, TOP, WIDTH, print_usage, write_usage
 from mneme.harness.run.checkpoints import read_checkpoint
 from mneme.harness.run.jobs import start_run
 from mneme.harness.run.metrics_file import read_metrics
@@ -206,3 +206,10 @@ def test_a_large_table_is_drawn_with_few_points(tmp_path):
     assert len(points) <= 200
     assert points[-1] == (LEFT + WIDTH, TOP)
     assert labels[-1] == "100,000"
+
+
+def test_the_use_of_a_single_table_is_printed(capsys):
+    usage = Usage.empty(3)
+    usage.add(torch.tensor([[[0, 1]]]), torch.ones(1, 1, 2))
+    print_usage({"layers.0": usage})
+    assert "usage_top1" in capsys.readouterr().out

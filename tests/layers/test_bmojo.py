@@ -56,7 +56,7 @@ def rotated(layer, t):
 
 
 def surprises(k, v):
-    """Norm over heads of the error of a delta rule with unit keys and strength 1/2."""
+    """Norm over heads of the error of a delta rule with unit keys and beta 1/2."""
     memory = torch.zeros(*k.shape[1:], k.shape[2]).double()
     scores = []
     for key, value in zip(F.normalize(k, dim=-1), v, strict=True):

@@ -45,7 +45,7 @@ def x(length=LENGTH, width=WIDTH, seed=1):
     return torch.randn(2, length, width, generator=generator).double()
 
 
-def normalised(t, norm):
+def normalized(t, norm):
     eps = 1e-5
     return norm.weight * t / (t.square().mean(-1, keepdim=True) + eps).sqrt()
 
@@ -60,7 +60,7 @@ def test_the_unit_is_a_gated_product_between_two_maps(norm):
     saved = x(width=24, seed=2)
     product = saved * F.silu(x() @ unit.gate_proj.weight.mT)
     if norm:
-        product = normalised(product, unit.norm)
+        product = normalized(product, unit.norm)
     assert_close(unit(x(), saved), product @ unit.out_proj.weight.mT, "output")
     parameters = sum(p.numel() for p in unit.parameters())
     assert parameters == 2 * WIDTH * 24 + (24 if norm else 0)
@@ -126,18 +126,18 @@ def by_hand(layer, h):
 
     def fed(h):
         step = next(ffns, None)
-        return h if step is None else h + step.parts[0](normalised(h, step.norm)).y
+        return h if step is None else h + step.parts[0](normalized(h, step.norm)).y
 
     memory, attention = layer.memory.parts[0].layer, layer.attention.parts[0]
-    inside = normalised(h, layer.memory.norm)
+    inside = normalized(h, layer.memory.norm)
     saved = saved_by_hand(memory, inside)
     h = fed(h + memory(inside).y)
-    inside = normalised(h, layer.attention.norm)
+    inside = normalized(h, layer.attention.norm)
     k, v = (t.unflatten(-1, (2, -1)) for t in attention.kv_proj(inside).chunk(2, dim=-1))
     q = attention.q_proj(inside).unflatten(-1, (4, -1))
     h = fed(h + attention.out_proj(attended_by_hand(q, k, v, attention.rope_base)))
     for i, step in enumerate(layer.readers):
-        reader, inside = step.parts[0].reader, normalised(h, step.norm)
+        reader, inside = step.parts[0].reader, normalized(h, step.norm)
         if i % 2:
             q = reader.q_proj(inside).unflatten(-1, (4, -1))
             y = reader.out_proj(attended_by_hand(q, k, v, attention.rope_base))

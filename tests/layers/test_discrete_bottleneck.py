@@ -183,12 +183,12 @@ def test_replacements_follow_the_generator():
 
 def test_updates_find_clusters_and_use_all_keys():
     generator = torch.Generator().manual_seed(0)
-    centres = inputs(6, seed=3) + 5  # far from where keys start
+    centers = inputs(6, seed=3) + 5  # far from where keys start
     layer = bottleneck(keys=16)
     for _ in range(150):
         pick = torch.randint(6, (64,), generator=generator)
         noise = torch.randn(64, D, generator=generator, dtype=torch.float64)
-        x = centres[pick] + 0.1 * noise
+        x = centers[pick] + 0.1 * noise
         layer.update_keys(x, generator=generator)
     codes = layer.codes(x)
     q = (x @ layer.projection.T).unflatten(-1, (4, 3))

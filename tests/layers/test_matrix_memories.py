@@ -122,7 +122,7 @@ def test_normalized_linear_attention_is_a_weighted_mean_of_the_values(feature_ma
     assert_close(total, phi.sum(1), "z")
 
 
-def test_linear_attention_without_a_map_normalises_its_answer():
+def test_linear_attention_without_a_map_normalizes_its_answer():
     net, x = layer(LinearAttention, heads=2, feature_map="identity"), text()
     q, k, v = (split_heads(t, 2) for t in net.in_proj(x).chunk(3, -1))
     y, memory = scalar_decay_naive(q, k, v, None)
@@ -207,10 +207,10 @@ def test_gated_linear_attention_starts_with_half_lives_near_16_tokens():
 
 def test_delta_net_is_the_papers_block():
     net, x = layer(DeltaNet, heads=2, expand_v=2.0), text()
-    qkv, strength = net.in_proj(x).split([64, 2], -1)
+    qkv, beta = net.in_proj(x).split([64, 2], -1)
     q, k, v = (split_heads(t, 2) for t in F.silu(net.conv(qkv).y).split([16, 16, 32], -1))
     q, k = (t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
-    y, memory = delta_naive(q, k, v, strength.sigmoid())
+    y, memory = delta_naive(q, k, v, beta.sigmoid())
     output = net(x)
     assert_close(output.y, net.out_proj(net.norm(y).flatten(-2)), "output")
     assert_close(output.state.memory, memory, "memory")
@@ -241,7 +241,7 @@ def test_mamba2_is_the_papers_block():
     assert_close(output.state.memory, memory, "memory")
 
 
-def test_mamba2_normalises_over_all_heads_after_the_gate():
+def test_mamba2_normalizes_over_all_heads_after_the_gate():
     net = layer(Mamba2, expand=1, head_dim=4, state_dim=6)
     net.norm.eps = 0.0  # so that the mean square is one
     torch.nn.init.eye_(net.out_proj.weight)

@@ -89,11 +89,11 @@ def context_by_hand(layer, inputs):
 
 
 def gated_by_hand(gate, y, m):
-    def normalised(t, norm):
+    def normalized(t, norm):
         return norm.weight * t / (t.square().mean(-1, keepdim=True) + norm_eps).sqrt()
 
     norm_eps = 1e-5
-    return (1 + normalised(y, gate.attention_norm)) * (1 + normalised(m, gate.memory_norm)) - 1
+    return (1 + normalized(y, gate.attention_norm)) * (1 + normalized(m, gate.memory_norm)) - 1
 
 
 def test_recall_is_forward_without_decay_writing_and_convolution():
@@ -101,7 +101,7 @@ def test_recall_is_forward_without_decay_writing_and_convolution():
     state = memory(x()).state
     with torch.no_grad():
         memory.decay.A_log.fill_(-60.0)
-    memory.max_strength = 0.0
+    memory.max_beta = 0.0
     read = memory(x().flip(1), state)
     assert_close(memory.recall(x().flip(1), state), read.y, "recalled")
     assert_close(read.state.memory, state.memory, "memory that nothing was written to")

@@ -97,7 +97,7 @@ def assert_is(layer, reference, x):
 
 
 @pytest.mark.parametrize("shared", [0, 2])
-@pytest.mark.parametrize("renormalize", [True, False], ids=["renormalised", "raw"])
+@pytest.mark.parametrize("renormalize", [True, False], ids=["renormalized", "raw"])
 @pytest.mark.parametrize("top_k", [2, 3, 5])
 def test_it_is_all_experts_with_masked_gates(top_k, renormalize, shared):
     layer = mixture(top_k=top_k, renormalize=renormalize, shared_experts=shared)
@@ -319,11 +319,11 @@ def test_losses_and_telemetry_of_the_relu_router():
     assert_close(aux["load_min"], share.min(), "load_min")
 
 
-def test_one_token_has_no_neighbour_to_disagree_with():
+def test_one_token_has_no_neighbor_to_disagree_with():
     assert block()(inputs(length=1)).aux["loss_locality"] == 0
 
 
-def test_its_losses_make_the_router_sparse_and_neighbours_alike():
+def test_its_losses_make_the_router_sparse_and_neighbors_alike():
     layer, x = block(torch.float32), inputs(4, 32, torch.float32)
     x[..., 0] = 1  # so that the router can turn an expert off
     optimizer = torch.optim.Adam(layer.router.parameters(), 0.01)

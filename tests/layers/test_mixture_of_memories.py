@@ -77,7 +77,7 @@ class Memory:
         """Writes a token `[D]` and reads it, `[H, V]`."""
         width = self.base.widths[0]
         query = self.base.in_proj.weight[:width] @ x
-        key_value, decay, strength = (self.write @ x).split([2 * width, HEADS, HEADS])
+        key_value, decay, beta = (self.write @ x).split([2 * width, HEADS, HEADS])
         qkv = torch.cat([query, key_value])
         if self.taps is not None:
             window = torch.cat([self.tail, qkv[None]])
@@ -86,7 +86,7 @@ class Memory:
         q, k = (t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
         gate = self.base.decay
         decay = -gate.A_log.exp() * F.softplus(decay + gate.dt_bias)
-        gates = decay.view(1, 1, -1), strength.sigmoid().view(1, 1, -1)
+        gates = decay.view(1, 1, -1), beta.sigmoid().view(1, 1, -1)
         y, self.matrix = gated_delta_naive(q, k, v, *gates, self.matrix)
         return y[0, 0]
 

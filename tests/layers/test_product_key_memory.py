@@ -322,7 +322,7 @@ def test_outputs_start_at_the_scale_that_the_init_means(cls, width):
 
 
 def _sum_of_squared_weights(variance: float) -> float:
-    """Of one head, from the variance of a normalised half of a query times a sub-key."""
+    """Of one head, from the variance of a normalized half of a query times a sub-key."""
     first, second = torch.randn(2, 2000, SIZES["sub_keys"]) * variance**0.5
     sums = first[:, :, None] + second[:, None]
     kept = sums.flatten(1).topk(SIZES["top_k"]).values

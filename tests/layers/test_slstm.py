@@ -115,7 +115,7 @@ def test_a_head_can_follow_parity(cell):
     assert_close(y, 1.0 - 2 * (bits.cumsum(1) % 2), "parity", 1e-4)
 
 
-def test_heads_must_divide_the_width_and_have_something_to_be_normalised_over():
+def test_heads_must_divide_the_width_and_have_something_to_be_normalized_over():
     with pytest.raises(ValueError, match=r"heads \(3\) must divide d_model \(16\)"):
         SLSTM(16, heads=3)
     with pytest.raises(ValueError, match="head_dim must be 2 or more, got 1"):

@@ -1,4 +1,4 @@
-"""Tables: who owns them, and what the optimiser is told."""
+"""Tables: who owns them, and what the optimizer is told."""
 
 from copy import copy
 from dataclasses import replace
@@ -56,7 +56,7 @@ def test_gradient_of_a_shared_table_is_the_sum_over_its_layers(update):
     assert_close(shared.tables["facts"].weight.grad, summed, "gradient", 1e-13)
 
 
-def test_an_optimiser_lists_a_shared_table_once_and_steps_by_the_summed_gradient():
+def test_an_optimizer_lists_a_shared_table_once_and_steps_by_the_summed_gradient():
     shared, summed = shared_and_apart("lazy")
     # with a large eps, as the first step of Adam would not depend on the size of gradients
     optimizer = make_optimizer(shared, partial(torch.optim.AdamW, lr=0.1, eps=1.0))
@@ -148,7 +148,7 @@ def test_active_parameters_of_a_dense_model_are_all_of_a_tied_one():
 
 def test_policy_says_how_rows_are_written():
     options = TableOptions(update="rowwise", lr_multiplier=4.0, weight_decay=0.1)
-    policy = Table(3, 2, std=1.0, options=options).policies["weight"]
+    policy = Table(3, 2, std=1.0, options=options).param_options["weight"]
     assert (policy.update, policy.lr_multiplier, policy.weight_decay) == ("rowwise", 4.0, 0.1)
     assert policy.clip_group == "tables"
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from mneme.harness.config.build import build
 from mneme.harness.config.compose import CONFIG_DIR, compose_checked
-from mneme.layers import Features, Forgetting, Learner, TestTimeMemory, recording, state_tensors
+from mneme.layers import Features, ForgetGate, Learner, TestTimeMemory, recording, state_tensors
 from mneme.layers.test_time.test_time_parts import PolynomialFeatures
 from mneme.ops.test_time import MLP, Matrix, Slots, UnitSlots
 from tests.helpers import assert_close, run_in_pieces
@@ -55,7 +55,7 @@ def test_every_config_is_shipped_and_names_its_paper(name):
 
 
 @every_config
-def test_finite_in_bf16_over_4k_random_tokens_from_initialisation(name):
+def test_finite_in_bf16_over_4k_random_tokens_from_initialization(name):
     """The conformance tests take the class through 16K."""
     layer = from_config(name).bfloat16()
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_finite_in_bf16_over_4k_random_tokens_from_initialisation(name):
 
 
 @every_config
-def test_small_changes_stay_small_from_initialisation(name):
+def test_small_changes_stay_small_from_initialization(name):
     """A memory that amplifies is chaotic: rounding would decide what a long text leaves behind."""
     layer = from_config(name, 64).double()
     x = tokens(2, 512, 64)
@@ -121,7 +121,7 @@ def test_gates_start_where_the_documentation_says():
         ({}, 0.5),
         ({"memory": MLP(norm=False), "chunk_size": 8}, 1 / 8),
         ({"memory": Matrix(), "learner": Learner(anchor="token")}, 1.0),
-        ({"learner": Learner(max_step=0.3)}, 0.3),
+        ({"learner": Learner(max_inner_lr=0.3)}, 0.3),
     ],
 )
 def test_steps_are_bounded_whatever_the_token_says(options, largest):
@@ -141,7 +141,7 @@ def test_channels_may_forget_all_within_a_chunk(memory):
         32,
         heads=2,
         memory=memory,
-        retention=Forgetting("channel", bias=20.0),
+        forget_gate=ForgetGate("channel", bias=20.0),
         learner=Learner(momentum=False),
     )
     y = layer(torch.randn(2, 64, 32)).y
@@ -154,7 +154,7 @@ def test_memory_writes_and_answers():
     """Shown the same pair again and again, the memory learns it; its surprise falls."""
     torch.manual_seed(0)
     layer = TestTimeMemory(
-        16, heads=1, retention=Forgetting("none"), features=Features(conv_size=1), chunk_size=4
+        16, heads=1, forget_gate=ForgetGate("none"), features=Features(conv_size=1), chunk_size=4
     )
     x = torch.randn(1, 1, 16).expand(1, 200, 16)
     with recording() as record, torch.no_grad():
@@ -222,7 +222,7 @@ class TestPolynomialFeatures:
         (
             {
                 "memory": Slots(5),
-                "retention": Forgetting(boundary=UnitSlots()),
+                "forget_gate": ForgetGate(boundary=UnitSlots()),
                 "features": Features(rope="sequence"),
             },
             "even key size, got 5",
@@ -236,9 +236,9 @@ def test_impossible_choices_are_refused(options, message):
 
 
 def test_parts_refuse_what_they_cannot_do():
-    with pytest.raises(ValueError, match="step_per_map needs update='chunk'"):
-        Learner(step_per_map=True)
-    with pytest.raises(ValueError, match="max_step must be 0 or more, got -1"):
-        Learner(max_step=-1)
+    with pytest.raises(ValueError, match="inner_lr_per_weight needs update='chunk'"):
+        Learner(inner_lr_per_weight=True)
+    with pytest.raises(ValueError, match="max_inner_lr must be 0 or more, got -1"):
+        Learner(max_inner_lr=-1)
     with pytest.raises(ValueError, match="degree must be 1 or more, got 0"):
         Features(degree=0)

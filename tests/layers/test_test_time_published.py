@@ -33,7 +33,7 @@ def normal(*shape: int):
 
 
 @pytest.mark.parametrize("name", ["ttt_linear", "ttt_mlp"])
-def test_ttt_normalises_all_heads_together_and_has_no_gate(name):
+def test_ttt_normalizes_all_heads_together_and_has_no_gate(name):
     layer, reads = from_config(f"mixer={name}"), []
     layer.norm.register_forward_pre_hook(lambda _, args: reads.append(args[0]))
     y = layer(normal(2, 40, 32)).y

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mneme.layers import Policy
+from mneme.layers import ParamOptions
 from mneme.models.clipping import MAIN, clip_by_groups
 from mneme.models.diagnosis import nonfinite_gradients
 
@@ -14,7 +14,7 @@ class Table(nn.Module):
     def __init__(self, group, sparse):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(9, 3))
-        self.policies = {"weight": Policy(update="lazy", clip_group=group)}
+        self.param_options = {"weight": ParamOptions(update="lazy", clip_group=group)}
         self.sparse = sparse
 
 

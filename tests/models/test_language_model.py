@@ -1,4 +1,4 @@
-"""The residual stack: patterns, initialisation, recomputation, losses of layers."""
+"""The residual stack: patterns, initialization, recomputation, losses of layers."""
 
 from functools import partial
 from typing import ClassVar
@@ -6,7 +6,15 @@ from typing import ClassVar
 import pytest
 import torch
 
-from mneme.layers import GatedDeltaNet, Layer, Output, Policy, Residual, SoftmaxAttention, SwiGLU
+from mneme.layers import (
+    GatedDeltaNet,
+    Layer,
+    Output,
+    ParamOptions,
+    Residual,
+    SoftmaxAttention,
+    SwiGLU,
+)
 from mneme.models import LanguageModel
 from mneme.models.parameter_groups import make_optimizer, parameter_groups
 from tests.helpers import assert_close
@@ -115,7 +123,7 @@ def test_matrices_decay_and_vectors_do_not():
 
 
 class Filter(Layer):
-    policies: ClassVar = {"taps": Policy(decays=False, max_lr=1e-3)}
+    param_options: ClassVar = {"taps": ParamOptions(decays=False, max_lr=1e-3)}
 
     def __init__(self, d_model):
         super().__init__()
@@ -140,7 +148,7 @@ def test_a_frozen_parameter_is_left_to_itself():
     assert id(net.embedding.weight) not in listed
 
 
-def test_residual_adds_what_the_layer_makes_of_the_normalised_input():
+def test_residual_adds_what_the_layer_makes_of_the_normalized_input():
     residual = Residual(16, layer=partial(SwiGLU))
     x = torch.randn(1, 4, 16)
     assert_close(residual(x).y, x + residual.parts[0](residual.norm(x)).y, "residual", 1e-6)

@@ -256,7 +256,7 @@ def test_a_step_leaves_other_blocks_and_their_state_alone(update):
 
 
 def snapshot(model, optimizer, level) -> dict[str, torch.Tensor]:
-    """A level's blocks and what the optimiser keeps of each, a row per block."""
+    """A level's blocks and what the optimizer keeps of each, a row per block."""
     table = model.bank.get_parameter(f"level{level}")
     kept = {k: v for k, v in optimizer.state[table].items() if isinstance(v, torch.Tensor)}
     return {name: t.detach().clone() for name, t in {"blocks": table, **kept}.items()}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mneme.layers import Policy
+from mneme.layers import ParamOptions
 from mneme.models import table_exchange
 from mneme.models.table_exchange import average_rows, leave_out_of_ddp
 from tests.helpers import assert_close
@@ -18,7 +18,7 @@ class Table(nn.Module):
     def __init__(self, update="lazy"):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(N, D))
-        self.policies = {"weight": Policy(update=update)}
+        self.param_options = {"weight": ParamOptions(update=update)}
 
 
 def tables(*gradients):

@@ -15,10 +15,10 @@ from mneme.harness.config.compose import compose_checked
 from mneme.harness.run.checkpoints import Interrupted, read_checkpoint
 from mneme.harness.run.jobs import resume_run, start_run
 from mneme.harness.run.metrics_file import read_metrics
-from mneme.layers import Policy
+from mneme.layers import ParamOptions
 from mneme.models.parameter_groups import make_optimizer, parameter_groups, row_updated
 from mneme.models.row_gradients import coalesced, row_gradient
-from mneme.models.table_optimizer import WithTables
+from mneme.models.table_optimizer import OptimizerWithTables
 from tests.harness.conftest import TINY
 from tests.helpers import assert_close
 
@@ -32,7 +32,7 @@ class Rows(nn.Module):
     def __init__(self, policy, sparse=True):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(N, D))
-        self.policies = {"weight": policy}
+        self.param_options = {"weight": policy}
         self.sparse = sparse
 
     def forward(self, rows):
@@ -42,7 +42,7 @@ class Rows(nn.Module):
 class Net(nn.Module):
     """A table between two dense parts; `tabled` and its weight have a table's name and are none."""
 
-    def __init__(self, policy=Policy(update="lazy"), sparse=True):  # noqa: B008 (immutable)
+    def __init__(self, policy=ParamOptions(update="lazy"), sparse=True):  # noqa: B008 (immutable)
         super().__init__()
         torch.manual_seed(0)
         self.tabled = nn.Linear(D, D)
@@ -66,8 +66,8 @@ EVERY = [[*range(N), 3, 3], list(range(N)), [*range(N), 0]]
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_lazy_on_rows_that_are_all_touched_is_adamw(decay):
-    lazy = Net(Policy(update="lazy", weight_decay=decay)).double()
-    dense = Net(Policy(weight_decay=decay), sparse=False).double()
+    lazy = Net(ParamOptions(update="lazy", weight_decay=decay)).double()
+    dense = Net(ParamOptions(weight_decay=decay), sparse=False).double()
     for net in (lazy, dense):
         run(net, make_optimizer(net, ADAMW), EVERY)
     for (name, a), b in zip(lazy.named_parameters(), dense.parameters(), strict=True):
@@ -75,7 +75,7 @@ def test_lazy_on_rows_that_are_all_touched_is_adamw(decay):
 
 
 def test_rowwise_is_adagrad_with_one_accumulator_a_row():
-    net = Net(Policy(update="rowwise", weight_decay=0.3)).double()
+    net = Net(ParamOptions(update="rowwise", weight_decay=0.3)).double()
     optimizer = make_optimizer(net, ADAMW)
     expected, sums = net.table.weight.detach().clone(), torch.zeros(N).double()
     for rows in SOME:
@@ -93,7 +93,7 @@ def test_rowwise_is_adagrad_with_one_accumulator_a_row():
 
 @pytest.mark.parametrize("update", ["lazy", "rowwise"])
 def test_rows_that_are_not_touched_keep_every_bit(update):
-    net = Net(Policy(update=update, weight_decay=0.1))
+    net = Net(ParamOptions(update=update, weight_decay=0.1))
     optimizer = make_optimizer(net, ADAMW)
     run(net, optimizer, SOME)
     state = optimizer.state[net.table.weight]
@@ -106,7 +106,7 @@ def test_rows_that_are_not_touched_keep_every_bit(update):
 
 
 def test_many_blocks_are_one_table(monkeypatch):
-    nets = [Net(Policy(update="lazy")).double() for _ in range(2)]
+    nets = [Net(ParamOptions(update="lazy")).double() for _ in range(2)]
     run(nets[0], make_optimizer(nets[0], ADAMW), SOME)
     monkeypatch.setattr("mneme.models.table_optimizer._BLOCK_CPU", 1)
     run(nets[1], make_optimizer(nets[1], ADAMW), SOME)
@@ -114,7 +114,7 @@ def test_many_blocks_are_one_table(monkeypatch):
 
 
 def test_groups_hold_exactly_the_tables():
-    net = Net(Policy(update="lazy", lr_multiplier=3.0, weight_decay=0.2, clip_group="tables"))
+    net = Net(ParamOptions(update="lazy", lr_multiplier=3.0, weight_decay=0.2, clip_group="tables"))
     optimizer = make_optimizer(net, ADAMW)
     treated = {
         id(p): (group["lr"], group["weight_decay"], group.get("update"))
@@ -131,7 +131,7 @@ def test_groups_hold_exactly_the_tables():
 
 
 def test_the_largest_rate_holds_after_the_multiplier_and_the_scheduler_multiplies_all():
-    net = Net(Policy(update="lazy", lr_multiplier=3.0, max_lr=2e-2))
+    net = Net(ParamOptions(update="lazy", lr_multiplier=3.0, max_lr=2e-2))
     optimizer = make_optimizer(net, ADAMW)
     rates = [group["lr"] for group in optimizer.param_groups]
     assert rates == [1e-2, 1e-2, 2e-2]
@@ -145,9 +145,9 @@ def test_the_largest_rate_holds_after_the_multiplier_and_the_scheduler_multiplie
 @pytest.mark.parametrize(
     ("policy", "decay"),
     [
-        (Policy(), 0.1),
-        (Policy(weight_decay=0.2), 0.2),
-        (Policy(decays=False, weight_decay=0.2), 0.0),
+        (ParamOptions(), 0.1),
+        (ParamOptions(weight_decay=0.2), 0.2),
+        (ParamOptions(decays=False, weight_decay=0.2), 0.0),
     ],
 )
 def test_a_weight_decay_of_its_own_holds_where_a_parameter_decays(policy, decay):
@@ -161,12 +161,15 @@ def test_a_weight_decay_of_its_own_holds_where_a_parameter_decays(policy, decay)
 class Shared(nn.Module):
     """Two readers of one table, of which the first says nothing about it."""
 
-    policies: ClassVar = {}
+    param_options: ClassVar = {}
 
     def __init__(self):
         super().__init__()
         self.head = nn.Linear(D, N, bias=False)
-        self.first, self.second = Rows(Policy(update="lazy")), Rows(Policy(update="lazy"))
+        self.first, self.second = (
+            Rows(ParamOptions(update="lazy")),
+            Rows(ParamOptions(update="lazy")),
+        )
         self.head.weight = self.second.weight = self.first.weight
 
     def forward(self, rows):
@@ -185,7 +188,7 @@ def test_a_shared_table_is_listed_once_and_gets_the_sum_of_its_gradients():
 
 
 def test_accumulated_sparse_gradients_are_the_dense_gradient():
-    nets = [Net(Policy(update="lazy"), sparse=sparse).double() for sparse in (True, False)]
+    nets = [Net(ParamOptions(update="lazy"), sparse=sparse).double() for sparse in (True, False)]
     for net in nets:
         optimizer = make_optimizer(net, ADAMW)
         for rows in (SOME[0], SOME[1], SOME[0]):
@@ -203,7 +206,7 @@ def test_a_dense_gradient_touches_the_rows_where_it_is_not_zero():
     sparse = row_gradient(gradient)
     assert sparse.is_coalesced()
     assert sparse.indices().tolist() == [[2, 7]]
-    net = Net(Policy(update="lazy"), sparse=False)
+    net = Net(ParamOptions(update="lazy"), sparse=False)
     before = net.table.weight.detach().clone()
     run(net, make_optimizer(net, ADAMW), [[0, 3, 3]])
     changed = net.table.weight.ne(before).any(1).nonzero()[:, 0].tolist()
@@ -211,7 +214,7 @@ def test_a_dense_gradient_touches_the_rows_where_it_is_not_zero():
 
 
 def test_a_gradient_without_rows_changes_nothing():
-    net = Net(Policy(update="lazy"))
+    net = Net(ParamOptions(update="lazy"))
     before = net.table.weight.detach().clone()
     run(net, make_optimizer(net, ADAMW), [[]])
     assert torch.equal(net.table.weight, before)
@@ -219,8 +222,8 @@ def test_a_gradient_without_rows_changes_nothing():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("update", ["lazy", "rowwise"])
-def test_a_saved_optimiser_goes_on_bit_by_bit(update, dtype):
-    net = Net(Policy(update=update, weight_decay=0.1)).to(dtype)
+def test_a_saved_optimizer_goes_on_bit_by_bit(update, dtype):
+    net = Net(ParamOptions(update=update, weight_decay=0.1)).to(dtype)
     optimizer = make_optimizer(net, ADAMW)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
     run(net, optimizer, SOME)
@@ -242,7 +245,7 @@ def test_a_saved_optimiser_goes_on_bit_by_bit(update, dtype):
 
 
 def test_a_bf16_table_is_updated_in_fp32():
-    wide = Net(Policy(update="lazy"))
+    wide = Net(ParamOptions(update="lazy"))
     narrow = copy.deepcopy(wide)
     narrow.table.to(torch.bfloat16)
     wide.table.load_state_dict(narrow.table.state_dict())
@@ -266,7 +269,7 @@ def test_options_that_row_updates_do_not_follow_are_refused(option):
     factory = partial(ADAMW, **{option: True})
     with pytest.raises(ValueError, match=f"{option}=True is not for tables .* update 'dense'"):
         make_optimizer(Net(), factory)
-    assert make_optimizer(Net(Policy(), sparse=False), factory).param_groups[0][option]
+    assert make_optimizer(Net(ParamOptions(), sparse=False), factory).param_groups[0][option]
 
 
 def test_an_update_that_does_not_exist_is_refused():
@@ -278,8 +281,8 @@ def test_an_update_that_does_not_exist_is_refused():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_a_copied_optimiser_goes_on_bit_by_bit(copied):
-    net = Net(Policy(update="lazy", weight_decay=0.1))
+def test_a_copied_optimizer_goes_on_bit_by_bit(copied):
+    net = Net(ParamOptions(update="lazy", weight_decay=0.1))
     optimizer = make_optimizer(net, ADAMW)
     run(net, optimizer, SOME)
     twin, its_optimizer = copied((net, optimizer))
@@ -293,8 +296,8 @@ def test_a_copied_optimiser_goes_on_bit_by_bit(copied):
 
 
 def unfrozen_later(dtype=torch.float32, batches=SOME):
-    """Two nets and one optimiser, which has the second only after some steps of the first."""
-    first, second = Net().to(dtype), Net(Policy(update="rowwise", weight_decay=0.1)).to(dtype)
+    """Two nets and one optimizer, which has the second only after some steps of the first."""
+    first, second = Net().to(dtype), Net(ParamOptions(update="rowwise", weight_decay=0.1)).to(dtype)
     optimizer = make_optimizer(first, ADAMW)
     run(first, optimizer, batches)
     for group in parameter_groups(second):  # two of dense parameters, then one of the table
@@ -326,7 +329,7 @@ def test_groups_may_be_added_after_the_first_step():
     assert optimizer.state[nets[1].table.weight].keys() == {"sum"}
 
 
-def test_a_saved_optimiser_with_added_groups_goes_on_bit_by_bit():
+def test_a_saved_optimizer_with_added_groups_goes_on_bit_by_bit():
     nets, optimizer = unfrozen_later(torch.bfloat16)
     step_both(nets, optimizer, SOME)
     copied, resumed = unfrozen_later(torch.bfloat16, batches=[])
@@ -362,11 +365,11 @@ OPTIMIZERS = [
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_any_optimiser_may_be_chosen_for_the_dense_parameters(cls):
+def test_any_optimizer_may_be_chosen_for_the_dense_parameters(cls):
     momentum = {"momentum": 0.9} if cls is torch.optim.SGD else {}
-    net = Net(Policy(update="lazy", lr_multiplier=0.5))
+    net = Net(ParamOptions(update="lazy", lr_multiplier=0.5))
     optimizer = make_optimizer(net, partial(cls, lr=1e-2, **momentum))
-    assert isinstance(optimizer, WithTables)
+    assert isinstance(optimizer, OptimizerWithTables)
     run(net, optimizer, SOME)
     assert optimizer.state[net.table.weight].keys() == {"step", "exp_avg", "exp_avg_sq"}
     assert optimizer.state[net.tabled.weight]
@@ -383,7 +386,7 @@ def test_tables_may_be_all_that_is_trained():
 
 def test_a_row_update_needs_a_table():
     net = nn.Linear(D, D)
-    net.policies = {"bias": Policy(update="lazy")}
+    net.param_options = {"bias": ParamOptions(update="lazy")}
     with pytest.raises(ValueError, match=r"Linear\.bias has 1 axes; the update 'lazy' is for tab"):
         make_optimizer(net, ADAMW)
 

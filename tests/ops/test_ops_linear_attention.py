@@ -1,4 +1,4 @@
-"""What is peculiar to normalised linear attention: averages, the prefix, and empty weights."""
+"""What is peculiar to normalized linear attention: averages, the prefix, and empty weights."""
 
 from itertools import pairwise
 

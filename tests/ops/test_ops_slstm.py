@@ -1,4 +1,4 @@
-"""What is peculiar to the sLSTM: its stabiliser and its empty state."""
+"""What is peculiar to the sLSTM: its stabilizer and its empty state."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_first_token_is_written_with_weight_one(function, log_weight, forget):
 
 
 @pytest.mark.parametrize("function", FORMS)
-def test_stabiliser_changes_nothing_but_the_range(function):
+def test_stabilizer_changes_nothing_but_the_range(function):
     inputs = make(OP, 30) | {"state": None}
     h = c = n = torch.zeros(2, 3, 10, dtype=torch.float64)
     out = []
@@ -46,7 +46,7 @@ def test_stabiliser_changes_nothing_but_the_range(function):
 
 
 @pytest.mark.parametrize("function", FORMS)
-def test_normaliser_is_at_least_one(function):
+def test_normalizer_is_at_least_one(function):
     inputs = make(OP, 60, regime="saturated", dtype=torch.float32) | {"state": None}
     for length in (1, 2, 9, 60):
         _, state = function(**inputs | {"wx": inputs["wx"][:, :length]})

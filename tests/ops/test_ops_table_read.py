@@ -32,7 +32,7 @@ def factor(read, rows, width, dtype=torch.float32):
 
 
 def table_gradient(read, table, rows, other, **options):
-    """Gradient of the table for a fixed random gradient of the result, as an optimiser sees it."""
+    """Gradient of the table for a fixed random gradient of the result, as an optimizer sees it."""
     leaf = table.detach().clone().requires_grad_()
     y = READS[read](leaf, rows, other, **options)
     y.backward(normal(*y.shape, seed=2, dtype=y.dtype))

@@ -198,9 +198,9 @@ class TestInnerGradients:
         ids=["squared", "dot", "huber"],
     )
     def test_errors_are_derivatives_of_their_losses(self, objective, loss):
-        y, v, limit = normal(40, 5).requires_grad_(), normal(40, 5, seed=1), 0.5 + unit(40, 1).abs()
-        (expected,) = torch.autograd.grad(loss(y - v, v, y, limit), y)
-        assert_close({"error": objective.error(y, v, limit)}, {"error": expected}, 1e-9)
+        y, v, delta = normal(40, 5).requires_grad_(), normal(40, 5, seed=1), 0.5 + unit(40, 1).abs()
+        (expected,) = torch.autograd.grad(loss(y - v, v, y, delta), y)
+        assert_close({"error": objective.error(y, v, delta)}, {"error": expected}, 1e-9)
 
     def test_lp_error_away_from_zero_is_the_derivative_of_the_lp_loss(self):
         r = normal(200)
@@ -209,12 +209,12 @@ class TestInnerGradients:
         assert_close({"error": error}, {"error": 3 * r.sign() * r * r}, 1e-4)
 
     def test_the_sign_form_of_huber_leaves_small_errors_alone(self):
-        r, limit = torch.tensor([[0.3, 0.4], [3.0, -4.0]]), torch.ones(2, 1)
-        error = Huber("sign").error(r, torch.zeros_like(r), limit)
+        r, delta = torch.tensor([[0.3, 0.4], [3.0, -4.0]]), torch.ones(2, 1)
+        error = Huber("sign").error(r, torch.zeros_like(r), delta)
         torch.testing.assert_close(error, torch.tensor([[0.3, 0.4], [1.0, -1.0]]))
 
     @pytest.mark.parametrize("form", ["decode", "encode", "similarity"])
-    def test_slots_gradient_is_that_through_their_normalisation(self, form):
+    def test_slots_gradient_is_that_through_their_normalization(self, form):
         """Reading slots as directions makes their gradient tangent to the sphere."""
         p, k, v = unit(1, 4, 6).requires_grad_(), normal(1, 1, 4, seed=1), normal(1, 1, 6, seed=2)
         slots = F.normalize(p, dim=-1)
@@ -269,7 +269,7 @@ class TestInnerGradients:
             assert_close({"surprise": seen["surprise"][:, t]}, {"surprise": square.sqrt()}, 1e-6)
 
 
-class TestBehaviour:
+class TestBehavior:
     """What users rely on."""
 
     @every_regime
@@ -381,8 +381,8 @@ class TestBoundaries:
         mean = (a.abs() ** q).mean((-2, -1), keepdim=True) ** (1 / q)
         assert_close({"w": boundary.view(a)}, {"w": a / mean ** (q - 2)}, 1e-5)
 
-    def test_softmax_ignores_what_the_paper_normalises_away(self):
-        """`softmax(alpha log W - eta u)` step by step is the softmax of an unnormalised sum."""
+    def test_softmax_ignores_what_the_paper_normalizes_away(self):
+        """`softmax(alpha log W - eta u)` step by step is the softmax of an unnormalized sum."""
         boundary, a, w = Softmax(2.0), normal(3, 6, 4), None
         w = boundary.view(a)
         for seed in range(5):
@@ -445,7 +445,7 @@ def accepted_rules(count: int) -> list[Rule]:
         "anchor": ["chunk", "token"],
         "momentum": [True, False],
         "orthogonal": [True, "scheduled", False],
-        "outer_step": [True, False],
+        "outer_lr": [True, False],
         "window": [1, 3],
         "read_before": [True, False],
     }

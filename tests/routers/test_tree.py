@@ -9,28 +9,28 @@ from mneme.routers.kmeans import balance, balanced_kmeans
 UNBALANCED = Clustering(limit=1)
 
 
-def blobs(centres, sizes, noise, seed=0):
+def blobs(centers, sizes, noise, seed=0):
     rng = np.random.default_rng(seed)
     return np.concatenate(
-        [c + noise * rng.normal(size=(n, len(c))) for c, n in zip(centres, sizes, strict=True)]
+        [c + noise * rng.normal(size=(n, len(c))) for c, n in zip(centers, sizes, strict=True)]
     ).astype(np.float32)
 
 
 @pytest.mark.parametrize("sample", [6400, 60], ids=["all vectors a step", "a few"])
 def test_separate_clusters_are_found(sample):
-    centres = 5 * np.eye(4)
-    vectors = blobs(centres, [300] * 4, 0.3)
+    centers = 5 * np.eye(4)
+    vectors = blobs(centers, [300] * 4, 0.3)
     rng = np.random.default_rng(1)
     found = balanced_kmeans(vectors, 4, rng, Clustering(sample=sample))
-    apart = np.linalg.norm(centres[:, None] - found, axis=2)  # [true, found]
+    apart = np.linalg.norm(centers[:, None] - found, axis=2)  # [true, found]
     assert sorted(apart.argmin(1)) == [0, 1, 2, 3]
     assert apart.min(1).max() < 0.3
 
 
 def test_balancing_keeps_the_largest_cluster_small():
-    centres = np.random.default_rng(0).normal(size=(9, 8))
-    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
-    vectors = blobs(centres, [1200] + [100] * 8, 0.2)
+    centers = np.random.default_rng(0).normal(size=(9, 8))
+    centers /= np.linalg.norm(centers, axis=1, keepdims=True)
+    vectors = blobs(centers, [1200] + [100] * 8, 0.2)
 
     def largest(clustering):
         trees = [

@@ -11,7 +11,7 @@ import pytest
 
 from mneme.harness.run.metrics_file import MetricsFile
 from mneme.harness.run.run_directory import RunDirectory
-from scripts.figure import COLOURS, bucket, chosen_lines, figure
+from scripts.figure import COLORS, bucket, chosen_lines, figure
 from scripts.reporting.rows import make_rows
 from scripts.reporting.runs import ReportError, find_runs
 from tests.harness.test_banks import BANK, train
@@ -110,7 +110,7 @@ def test_the_file_has_all_words_as_text_and_is_the_same_each_time(trained, tmp_p
 def test_means_are_drawn_at_their_ticks(trained, tmp_path):
     svg = drawn(trained, tmp_path / "figure.svg", lines="fetched:random")
     ticks = {node.text: (float(node.get("x")), float(node.get("y"))) for node in nodes(svg, "text")}
-    style = f"fill: none; stroke: {COLOURS[0].lower()}"
+    style = f"fill: none; stroke: {COLORS[0].lower()}"
     path = next(n.get("d") for n in nodes(svg, "path") if n.get("style", "").startswith(style))
     start, end = (list(map(float, point.split())) for point in re.split("[ML]", path)[1:])
     assert [start[0], end[0]] == pytest.approx([ticks["1-9"][0], ticks["1,000-9,999"][0]])
@@ -127,7 +127,7 @@ def test_means_are_drawn_at_their_ticks(trained, tmp_path):
         ),
         ("dens", r"no run that finished has 'accuracy' by exposures for 'dens'; .* first: dense, "),
         ("dense;", r"by exposures for ''; known"),
-        (";".join(["dense"] * 8), f"--lines: at most {len(COLOURS)} can be told apart, got 8"),
+        (";".join(["dense"] * 8), f"--lines: at most {len(COLORS)} can be told apart, got 8"),
     ],
 )
 def test_lines_that_are_not_there(trained, tmp_path, lines, message):

@@ -97,11 +97,11 @@ def test_rows_are_named_by_what_differs_and_nothing_else(made, runs):
 
 
 def test_a_label_names_a_row_and_makes_it_another(made, runs):
-    train(runs / "labelled", "label=again")
+    train(runs / "labeled", "label=again")
     rows = table(made(runs, "--columns", "steps"))
     assert [(row["label"], row["seeds"]) for row in rows] == [("", "3"), ("again", "1"), ("", "1")]
     train(runs / "swa2", "mixer=sliding_window", "label='a window, short'")
-    rows = table(made(runs / "labelled", runs / "swa2", "--by", "label"))
+    rows = table(made(runs / "labeled", runs / "swa2", "--by", "label"))
     assert [row["label"] for row in rows] == ["again", "a window, short"]
 
 

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from mneme.tasks import ClassIncremental
-from mneme.tasks.streams import Labelled
+from mneme.tasks.streams import Labeled
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def fit(probe, data, steps):
 
 def together(parts):
     features, labels = zip(*parts, strict=True)
-    return Labelled(torch.cat(features), torch.cat(labels))
+    return Labeled(torch.cat(features), torch.cat(labels))
 
 
 def test_a_linear_probe_learns_all_classes_together_and_forgets_them_in_turn(stream, shown):
@@ -82,7 +82,7 @@ def test_a_split_has_its_classes_evenly_and_the_test_all_of_them():
     assert seen == list(range(12))
     labels = stream.test(12_000).labels.bincount(minlength=12)
     assert (labels - 1000).abs().max() < 5 * 31
-    assert stream.guess_level == 1 / 12
+    assert stream.chance_level == 1 / 12
 
 
 def test_data_are_a_function_of_the_seed_and_streams_do_not_meet():

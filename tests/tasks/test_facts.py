@@ -12,7 +12,7 @@ from lightning import LightningModule, Trainer
 from mneme.harness.run.data import TaskData
 from mneme.tasks import ZipfFacts
 from mneme.tasks.batch import IGNORE, Batch
-from mneme.tasks.facts import FactMetrics, Told, World, make_world, tell
+from mneme.tasks.facts import Exposures, FactMetrics, World, make_world, tell
 from mneme.tasks.facts.metrics import decades
 from mneme.tasks.facts.world import alphabet_for
 
@@ -104,7 +104,7 @@ def test_a_dictionary_of_the_training_batches_knows_all_that_was_told(second_pha
     assert task.dictionary_level == pytest.approx(results["accuracy"] + missed / 8)
     assert 0 < missed < 0.9
     assert results["stored_bits"] == pytest.approx(len(known) * (3 - 3 / 8))
-    assert task.facts()["facts_told"] == len(known)
+    assert task.facts()["facts_exposed"] == len(known)
 
 
 def test_guessing_reaches_the_guess_level():
@@ -112,17 +112,17 @@ def test_guessing_reaches_the_guess_level():
     draw = np.random.default_rng(0)
     results = answered(task, lambda asked: task.vocab_size - 1 - draw.integers(8))
     # 4,000 answers: a standard deviation is 0.005
-    assert results["accuracy"] == pytest.approx(task.guess_level, abs=0.026)
-    assert task.guess_level == 1 / 8
+    assert results["accuracy"] == pytest.approx(task.chance_level, abs=0.026)
+    assert task.chance_level == 1 / 8
 
 
 @pytest.mark.parametrize("second_phase_after", [None, 5])
 def test_exposures_are_those_of_the_training_batches(second_phase_after):
     task = small(second_phase_after=second_phase_after)
     _, times = told_by_hand(task, task.counted_batches)
-    questions = tell(task.world, np.arange(len(task.told.exposures))).inputs.tolist()
-    assert task.told.exposures.tolist() == [times.get(tuple(q), 0) for q in questions]
-    assert task.told.exposures.sum() == 20 * 16
+    questions = tell(task.world, np.arange(len(task.exposures.times))).inputs.tolist()
+    assert task.exposures.times.tolist() == [times.get(tuple(q), 0) for q in questions]
+    assert task.exposures.times.sum() == 20 * 16
 
 
 @pytest.mark.parametrize(("power", "offset"), [(0.0, 0.0), (1.0, 0.0), (1.2, 5.0)])
@@ -134,7 +134,7 @@ def test_subjects_are_drawn_by_rank_and_relations_evenly(power, offset):
     drawn = np.bincount(task.draw(0), minlength=150)
     chi_squared = ((drawn - wanted) ** 2 / wanted).sum()
     assert abs(chi_squared - 149) < 5 * math.sqrt(2 * 149)
-    assert task.told.odds.numpy() == pytest.approx(wanted / 40_000)
+    assert task.exposures.odds.numpy() == pytest.approx(wanted / 40_000)
 
 
 def test_objects_are_drawn_evenly_and_names_do_not_tell_ranks():
@@ -158,7 +158,7 @@ def test_the_second_phase_tells_other_facts_of_other_subjects():
         assert torch.equal(after.slices["fact"] >= 60, torch.full((16,), index >= 7))
     names = {tuple(name) for name in two.world.names.tolist()}
     assert len(names) == 60
-    assert two.told.phase.tolist() == [0] * 60 + [1] * 60
+    assert two.exposures.phase.tolist() == [0] * 60 + [1] * 60
     assert two.facts()["facts"] == 2 * one.facts()["facts"] == 120
 
 
@@ -192,8 +192,8 @@ OBJECTS = range(3, 7)  # of 8 tokens: a model may know more than the task has
 
 
 def told():
-    return Told(
-        exposures=torch.tensor(EXPOSURES),
+    return Exposures(
+        times=torch.tensor(EXPOSURES),
         odds=torch.linspace(0.05, 0.5, 10, dtype=torch.float64),
         phase=torch.tensor([0] * 5 + [1] * 5),
     )
@@ -270,7 +270,7 @@ def test_an_unscored_batch_counts_for_nothing():
 @pytest.mark.parametrize("scale", [0.3, 2.0, 30.0])
 def test_a_model_that_knows_nothing_has_stored_nothing(scale):
     count, objects = 20_000, 64
-    nothing = Told(
+    nothing = Exposures(
         torch.zeros(count, dtype=torch.int64),
         torch.full((count,), 1 / count, dtype=torch.float64),
         torch.zeros(count, dtype=torch.int64),
@@ -297,7 +297,9 @@ def test_a_model_that_knows_nothing_has_stored_nothing(scale):
 )
 def test_half_exposures_lie_between_two_decades(right, half):
     edges = [e for e in (0, 2, 20, 200, 2000) for _ in range(4)]
-    many = Told(torch.tensor(edges), torch.ones(20, dtype=torch.float64), torch.zeros(20).long())
+    many = Exposures(
+        torch.tensor(edges), torch.ones(20, dtype=torch.float64), torch.zeros(20).long()
+    )
     metrics = FactMetrics(many, range(2))
     for decade, share in enumerate([1, *right]):  # facts never told count for nothing here
         for place in range(0 if share is None else 4):
@@ -355,7 +357,7 @@ def test_a_run_that_draws_the_counted_batches_may_start(trainer):
     task = small()
     task.trainer = trainer and trainer_of(*trainer)
     task.setup("fit")
-    assert int(task.told.exposures.sum()) == 20 * task.batch_size
+    assert int(task.exposures.times.sum()) == 20 * task.batch_size
 
 
 @pytest.mark.parametrize(("trainer", "drawn"), [((20, 2, 1), 40), ((20, 1, 2), 40), ((6, 1, 1), 6)])

@@ -104,7 +104,7 @@ def test_the_first_value_is_right_where_nothing_was_rewritten_and_only_there(
     assert groups == {times: float(times == 0) for times in groups}
     # 8,000 keys: of half of them in two rounds, one standard deviation is below 0.005
     assert results["accuracy"] == pytest.approx(kept, abs=0.025 if rounds > 1 else 0)
-    assert task.references("test")["the first value"] == task.first_value_level == kept
+    assert task.baselines("test")["the first value"] == task.first_value_level == kept
 
 
 def matrix_memory(inputs, vocab, overwrite):
@@ -141,8 +141,8 @@ def test_guessing_reaches_the_guess_level():
         return noise
 
     # 16,000 answers: one standard deviation is 0.002
-    assert score(task, guess)["accuracy"] == pytest.approx(task.guess_level, abs=0.008)
-    assert task.guess_level == 1 / 16
+    assert score(task, guess)["accuracy"] == pytest.approx(task.chance_level, abs=0.008)
+    assert task.chance_level == 1 / 16
 
 
 def test_every_key_is_equally_likely_to_be_rewritten_and_in_any_order():

@@ -74,8 +74,8 @@ def test_guessing_reaches_the_guess_level():
         noise[..., :16] = -1  # never a key
         metrics.update(noise, batch)
     # 16,000 answers: one standard deviation is 0.002
-    assert metrics.compute()["accuracy"] == pytest.approx(task.guess_level, abs=0.008)
-    assert task.guess_level == 1 / 16
+    assert metrics.compute()["accuracy"] == pytest.approx(task.chance_level, abs=0.008)
+    assert task.chance_level == 1 / 16
 
 
 @pytest.mark.parametrize(

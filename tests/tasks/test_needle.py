@@ -93,7 +93,7 @@ def test_who_sees_the_end_only_is_at_the_guess_level(value_length):
     blind = within(20, 32, torch.Generator().manual_seed(0))
     results = score(task, blind)
     # 4000 examples: one standard deviation is 0.004 of all answers, 0.012 of those of a tenth
-    assert task.guess_level == 1 / 16
+    assert task.chance_level == 1 / 16
     for depth in range(9):
         assert results[f"accuracy/depth={depth}"] == pytest.approx(1 / 16, abs=0.06)
     below = [results[f"accuracy/depth={depth}"] for depth in range(9)]

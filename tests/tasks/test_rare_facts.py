@@ -9,7 +9,7 @@ import torch
 from mneme.routers import Router
 from mneme.tasks import LibraryOptions, RareFacts, RoutingOptions
 from mneme.tasks.batch import IGNORE, NO_ROUTE, Batch, BatchSet, cut, deal, unscored
-from mneme.tasks.facts import ArmMetrics, FactMetrics, Told, Words, topic_routes
+from mneme.tasks.facts import ArmMetrics, Exposures, FactMetrics, Words, topic_routes
 from mneme.tasks.facts.library import FIXED, GENERIC, QUESTION, RELATIONS, SENTENCES
 
 LIBRARY = {
@@ -123,10 +123,10 @@ def test_exposures_are_those_of_the_training_documents():
     for index in range(task.counted_batches):
         for text in texts_of(task, task.train_batch(index)):
             times.update(known[tuple(name)][0] for *name, _ in facts_in(text)[0])
-    assert task.told.exposures.tolist() == [times[fact] for fact in range(80)]
-    assert task.told.exposures.sum() == 20 * 8 * 2
-    assert task.told.odds.sum() == pytest.approx(2)
-    assert 0 < task.facts()["facts_told"] < 80
+    assert task.exposures.times.tolist() == [times[fact] for fact in range(80)]
+    assert task.exposures.times.sum() == 20 * 8 * 2
+    assert task.exposures.odds.sum() == pytest.approx(2)
+    assert 0 < task.facts()["facts_exposed"] < 80
 
 
 @pytest.mark.parametrize("routes", ["router", "none"])
@@ -180,7 +180,7 @@ def test_a_part_of_the_evaluation_asks_under_every_arm():
 
 
 def test_arm_metrics_are_fact_metrics_of_each_arm_and_add_up_over_ranks():
-    told = Told(torch.tensor([0, 1, 10]), torch.ones(3).double(), torch.zeros(3).long())
+    told = Exposures(torch.tensor([0, 1, 10]), torch.ones(3).double(), torch.zeros(3).long())
     torch.manual_seed(0)
     fact, arm = torch.arange(3).repeat(2), torch.arange(2).repeat_interleave(3)
     targets = torch.full((6, 2), IGNORE)
@@ -357,7 +357,7 @@ def test_text_becomes_ids_and_back_and_goes_with_the_run(tmp_path):
     assert ids.tolist() == task.question(np.array([0])).inputs[0].tolist()
     assert task.tokenizer.decode(ids) == question
     assert len(task.tokenizer) == task.vocab_size
-    task.keep_vocabulary(tmp_path)
+    task.save_tokenizer(tmp_path)
     kept = Words.load(tmp_path)
     assert kept.fingerprint == task.vocabulary
     assert kept.encode(question).tolist() == ids.tolist()
@@ -365,7 +365,7 @@ def test_text_becomes_ids_and_back_and_goes_with_the_run(tmp_path):
 
 
 def test_a_run_without_a_router_keeps_none(tmp_path):
-    small(routes="topic").keep_vocabulary(tmp_path)
+    small(routes="topic").save_tokenizer(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["words.txt"]
 
 

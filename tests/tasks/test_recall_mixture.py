@@ -85,7 +85,7 @@ def test_facts_name_the_cells():
     facts = preset_mix().facts()
     assert "mqar length 1024 level 256" in facts["test_segments"]
     assert facts["train_odds"] == "[0.555556, 0.111111, 0.111111, 0.111111, 0.111111]"
-    assert facts["guess_level"] == 1 / 4096
+    assert facts["chance_level"] == 1 / 4096
 
 
 @pytest.mark.parametrize(

@@ -106,8 +106,8 @@ def test_a_lossy_tokenizer_is_scored_by_the_token(make_text, corpus_dir, tmp_pat
         metrics.update(logits.expand(*batch.inputs.shape, -1), batch)
     found = metrics.compute()
     assert set(found) == {"loss", "perplexity", "tokens"}
-    assert found["loss"] == pytest.approx(task.guess_level, rel=1e-5)
-    assert task.references("val") == {"unigram": task.guess_level}
+    assert found["loss"] == pytest.approx(task.chance_level, rel=1e-5)
+    assert task.baselines("val") == {"unigram": task.chance_level}
     facts = json.loads(json.dumps(task.facts()))
     assert facts["remark"] == task.remark
     assert not [name for name in facts if "per_byte" in name or name.endswith("scored_bytes")]
@@ -217,7 +217,7 @@ def test_a_vocabulary_is_learnt_from_text_of_any_kind(tmp_path, name):
     )
     task.setup()
     assert task.store.meta.loss is None
-    assert math.isfinite(task.guess_level)
+    assert math.isfinite(task.chance_level)
 
 
 def test_long_lines_are_learnt_from(tmp_path):

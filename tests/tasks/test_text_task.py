@@ -94,7 +94,7 @@ def test_the_guess_level_is_what_a_unigram_model_scores(task):
     metrics = task.metrics()
     for batch in task.eval_batches("val"):
         metrics.update(logits.expand(*batch.inputs.shape, -1), batch)
-    assert metrics.compute()["bits_per_byte"] == pytest.approx(task.guess_level, rel=1e-5)
+    assert metrics.compute()["bits_per_byte"] == pytest.approx(task.chance_level, rel=1e-5)
 
 
 def test_compressors_are_given_exactly_the_scored_text(task):

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mneme.layers import Features, Forgetting, Learner, Readout
+from mneme.layers import Features, ForgetGate, Learner, Readout
 from mneme.ops.test_time import MLP
 
 
@@ -64,7 +64,7 @@ def neural_memory_options(
     silu = isinstance(activation, nn.SiLU)
     for wrong, message in [
         (width * heads != dim, f"dim_head ({width}) times heads ({heads}) must be dim ({dim})"),
-        (not post_rmsnorm, "post_rmsnorm must be true: our reads are always normalised"),
+        (not post_rmsnorm, "post_rmsnorm must be true: our reads are always normalized"),
         (
             mem_model_norm_add_residual,
             "mem_model_norm_add_residual must be false: its gain is one more fast weight",
@@ -96,9 +96,9 @@ def neural_memory_options(
             depth=network["depth"],
             expand=network["expansion_factor"],
         ),
-        "retention": Forgetting("head"),
+        "retention": ForgetGate("head"),
         "learner": Learner(
-            max_step=2 / width * default_step_transform_max_lr * scale,
+            max_inner_lr=2 / width * default_step_transform_max_lr * scale,
             momentum=momentum,
             update="chunk" if once else "token",
             orthogonal=spectral_norm_surprises,
