@@ -28,6 +28,7 @@ from mneme.harness.config.compose import (
     claim_sweep,
     compose_checked,
     job_choices,
+    stopped_sweep,
 )
 
 
@@ -43,10 +44,14 @@ def job(config: DictConfig) -> None:
 def main(arguments: list[str]) -> None:
     """Checks the whole command line, then imports what training takes, and trains."""
     resumed = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
-    if resumed:
+    others = [a for a in arguments if not a.startswith("resume=")]
+    if resumed and not others and (sweep := stopped_sweep(resumed[-1])):
+        sys.argv[1:] = sweep
+        job()
+    elif resumed:
         from mneme.harness.run.jobs import resume_run
 
-        resume_run(resumed[-1], others=[a for a in arguments if not a.startswith("resume=")])
+        resume_run(resumed[-1], others=others)
     elif any(a.startswith("-") for a in arguments):  # -m, --help, --cfg: Hydra's own business
         sys.argv[1:] = claim_sweep(check_sweep(arguments))
         job()

@@ -4,6 +4,7 @@ Hydra alone stops at the first unknown key. Here unknown keys are let in, and th
 constructors (`mneme.harness.config.check`) then reports all of them with what was probably meant.
 """
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +31,13 @@ from omegaconf.errors import OmegaConfBaseException
 from mneme.harness.config.check import MISSING, Config, ConfigError
 from mneme.harness.config.schema import GROUPS, check_config, check_options
 from mneme.harness.config.targets import suggest
-from mneme.harness.run.run_directory import claim_by_time, newest_run
+from mneme.harness.run.run_directory import (
+    SWEEP,
+    RunError,
+    claim_by_time,
+    newest_run,
+    write_atomically,
+)
 
 SWEEP_FLAGS = {"-m", "--multirun"}
 SHOW_FLAGS = {"-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info"}
@@ -184,7 +191,27 @@ def claim_sweep(arguments: Sequence[str]) -> list[str]:
     named = {a.lstrip("+").split("=")[0] for a in arguments} & {"hydra.sweep", "hydra.sweep.dir"}
     if named or set(arguments) & SHOW_FLAGS:
         return list(arguments)
-    return [*arguments, f"hydra.sweep.dir={claim_by_time('sweep')}"]
+    folder = claim_by_time("sweep")
+    write_atomically(folder / SWEEP, json.dumps(list(arguments)))
+    return [*arguments, f"hydra.sweep.dir={folder}"]
+
+
+def stopped_sweep(folder: str) -> list[str] | None:
+    """The arguments for Hydra that go on with a sweep in its folder; None if there is none.
+
+    Raises:
+        RunError: the folder's record of its command is damaged.
+    """
+    file = Path(folder) / SWEEP
+    if not folder or not file.is_file():
+        return None
+    try:
+        arguments = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read the command of the sweep from {file}: {error}") from error
+    if not isinstance(arguments, list) or not all(isinstance(a, str) for a in arguments):
+        raise RunError(f"{file} does not hold the arguments of a sweep")
+    return [*arguments, f"hydra.sweep.dir={folder}"]
 
 
 def job_choices() -> Mapping[str, Any]:

@@ -66,12 +66,35 @@ def start_job(composed: Composed) -> None:
     overrides = [override.lstrip("+") for override in hydra.overrides.task]
     composed = replace(composed, config={**composed.config, "run_dir": path})
     try:
+        if _begun(Path(path), composed.config):
+            _go_on(Path(path), overrides)
+            return
         run = new_run_directory(path, composed.choices, options(composed.config).seed)
         with alone(run.path):
             refuse_occupied(path)
             _start_job(run, composed, overrides)
     except (ConfigError, RunError) as error:  # the directory is another run's
         print(f"job {' '.join(overrides)} left out: {error}", file=sys.stderr)
+
+
+def _begun(path: Path, config: Config) -> bool:
+    """Whether a directory holds this very job, from before the sweep was stopped."""
+    run = RunDirectory(path)
+    return run.config.exists() and run.read_config() == config
+
+
+def _go_on(path: Path, overrides: Sequence[str]) -> None:
+    """Continues a job of a sweep that was stopped, unless it has finished."""
+    run = RunDirectory(path)
+    if run.read_summary().get("status") == "finished":
+        say(f"job {' '.join(overrides)} has finished before")
+        return
+    try:
+        resume_run(str(path))
+    except (ConfigError, RunError):
+        raise
+    except Exception as error:
+        print(f"job {' '.join(overrides)} failed: {error}", file=sys.stderr)
 
 
 def _start_job(run: RunDirectory, composed: Composed, overrides: Sequence[str]) -> None:

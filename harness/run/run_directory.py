@@ -19,6 +19,7 @@ from mneme.storage.atomic_file import replacing
 from mneme.storage.regular_file import read_regular
 
 RUNS = Path("runs")
+SWEEP = "sweep.json"  # in the folder of a sweep: the arguments that it was started with
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 _SHARED = "MNEME_RUN_DIR"  # how the processes of one run agree on its directory
 

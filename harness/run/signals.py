@@ -38,7 +38,9 @@ class Interrupted(BaseException):
     def __init__(self, number: int, step: int = 0, run: Path | None = None) -> None:
         said = f"stopped by {signal.Signals(number).name}"
         if run is not None:
-            said += f"; {step} steps are saved. Continue with: python train.py resume={run}"
+            sweep = (run.parent / "sweep.json").is_file()  # which goes on with its other jobs too
+            place = run.parent if sweep else run
+            said += f"; {step} steps are saved. Continue with: python train.py resume={place}"
         super().__init__(said)
         self.number = number
         self.exit_status = 130 if number == signal.SIGINT else 143 if run is None else 0

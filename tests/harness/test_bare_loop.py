@@ -190,7 +190,8 @@ def test_a_resumed_run_remembers_its_best_and_its_tokens(restless, tmp_path):
     assert run.read_summary()["tokens"] == summary["tokens"] == 6 * 4 * 32
 
 
-def test_validation_is_no_training_time(train_tiny, monkeypatch):
+@pytest.mark.parametrize("steps", [6, 7])  # the last validation ends training, or follows it
+def test_validation_is_no_training_time(train_tiny, monkeypatch, steps):
     added = {"training": 0, "validation": 0}  # on a clock that only steps move
     monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: sum(added.values()))
     for kind, seconds in (("training", 1), ("validation", 1000)):
@@ -201,8 +202,9 @@ def test_validation_is_no_training_time(train_tiny, monkeypatch):
             return step(self, *inputs)
 
         monkeypatch.setattr(SequenceModule, f"{kind}_step", timed)
-    _, summary = train_tiny()
+    _, summary = train_tiny(f"trainer.max_steps={steps}")
     assert added["validation"]
+    assert added["training"] == steps
     assert summary["tokens_per_second"] == summary["tokens"] / added["training"]
 
 

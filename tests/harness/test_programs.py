@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,8 @@ import pytest
 import train
 from mneme.harness.cli import report_errors
 from mneme.harness.config.compose import CONFIG_DIR
+from mneme.harness.run.metrics_file import read_metrics
+from mneme.harness.run.run_directory import RunDirectory
 from tests.harness.conftest import ROOT, TINY, program
 
 
@@ -52,6 +55,32 @@ def test_a_sweep_reports_every_job_and_fails_if_one_does(tmp_path):
     assert statuses == ["finished", "failed", "finished"]
     assert "heads (3) must divide d_model (16)" in done.stdout
     assert done.stdout.count("val/accuracy=") >= 2
+
+
+def test_a_stopped_sweep_goes_on(tmp_path):
+    """Its first job had finished, its second saved nothing yet, its third had not begun."""
+    sweep = ["-m", *TINY, "mixer.heads=1,2,4"]
+    done = program("train.py", *sweep, cwd=tmp_path, timeout=240)
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.glob("runs/*_sweep")
+    whole = [read_metrics(folder / str(job) / "metrics.csv") for job in range(3)]
+    before = (folder / "0" / "summary.json").read_bytes()
+    resumed = RunDirectory(folder / "1")
+    resumed.write_summary(status="running")
+    rows = resumed.metrics.read_text().splitlines(keepends=True)
+    resumed.last.unlink()  # as if it had been killed before its first checkpoint
+    resumed.metrics.write_text(rows[0])
+    shutil.rmtree(folder / "2")
+    done = program("train.py", f"resume={folder}", cwd=tmp_path, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("has finished before") == 1
+    assert (folder / "0" / "summary.json").read_bytes() == before
+    again = [read_metrics(folder / str(job) / "metrics.csv") for job in range(3)]
+    losses = [[row.get("val/loss") for row in rows] for rows in (*whole, *again)]
+    assert losses[:3] == losses[3:]
+    done = program("train.py", f"resume={folder}", "seed=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "leave out seed=1" in done.stderr
 
 
 def test_a_typo_in_a_sweep_stops_it_before_any_job(tmp_path):

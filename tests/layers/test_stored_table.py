@@ -252,7 +252,7 @@ def test_a_flipped_bit_of_the_head_is_found_on_opening(file, at):
 
 def test_versions_and_byte_orders_to_come_are_refused(file):
     original = file.read_bytes()
-    file.write_bytes(original[:10] + struct.plan_dispatch("=H", 2) + original[12:])
+    file.write_bytes(original[:10] + struct.pack("=H", 2) + original[12:])
     with pytest.raises(TableFileError, match="has version 2 of the format; this one reads 1"):
         StoredTable(file)
     file.write_bytes(original[:8] + original[9:7:-1] + original[10:])
