@@ -2,12 +2,15 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test lint types unit bench clean
+.PHONY: demo quick test lint types unit bench clean
 
 demo: .venv/ready ## train and compare three small models, in under five minutes
 	$(BIN)/python scripts/demo.py
 
 test: lint types unit ## everything that must hold before a commit
+
+quick: .venv/ready-dev lint ## what tells you in two minutes whether you broke something
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow and not program"
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

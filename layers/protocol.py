@@ -50,7 +50,7 @@ class ParamOptions(NamedTuple):
         max_lr: largest learning rate, before the schedule; None for any.
         update: what one step writes. "dense" is the model's optimizer, on every entry. The others
             are for tables `[N, D]` and write only the rows that have a gradient: "lazy" is AdamW
-            on them, "rowwise" is Adagrad with one accumulator a row (`models/table_optimizer.py`).
+            on them, "rowwise" is Adagrad with one accumulator a row (`models/optim.py`).
         lr_multiplier: times the optimizer's learning rate, before `max_lr` and the schedule.
         weight_decay: where it decays, its own weight decay; None for the optimizer's.
         clip_group: name of the gradients whose global norm this one is clipped with; None for the

@@ -12,7 +12,7 @@ if __name__ != "mneme.models":  # under two names, it would be two packages
 from mneme.models.budget import Budget, budget
 from mneme.models.generation import generate
 from mneme.models.language_model import LanguageModel
-from mneme.models.parameter_groups import make_optimizer
+from mneme.models.optim import make_optimizer
 from mneme.models.schedules import WSD, Constant, Cosine, Schedule
 
 

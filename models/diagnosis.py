@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mneme.layers import State
-from mneme.models.row_gradients import coalesced
+from mneme.models.optim import coalesced
 from mneme.ops.not_finite import contained
 
 

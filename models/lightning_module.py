@@ -11,12 +11,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mneme.layers import GENERIC, State, Usage, UsageMeter, is_loss, metering, with_shared_tables
-from mneme.models.clipping import MAIN, clip_by_groups
 from mneme.models.diagnosis import NonFiniteError, first_nonfinite, nonfinite_gradients
 from mneme.models.language_model import LanguageModel
-from mneme.models.parameter_groups import make_optimizer
+from mneme.models.optim import (
+    MAIN,
+    average_rows,
+    clip_by_groups,
+    leave_out_of_ddp,
+    make_optimizer,
+    start_equal,
+)
 from mneme.models.schedules import Schedule
-from mneme.models.table_exchange import average_rows, leave_out_of_ddp, start_equal
 from mneme.tasks.base import IGNORE, Batch
 from mneme.tasks.metrics import Metrics
 

@@ -49,3 +49,29 @@ def compiled():
 
         yield ask
         program.stdin.close()
+
+
+PROGRAMS = (
+    "harness/",
+    "scripts/",
+    "test_adding_a_layer.py",
+    "test_malformed.py",
+    "test_package.py",
+)
+QUICK = ("harness/test_check.py", "harness/test_targets.py", "harness/test_renames.py")
+SLOW = (  # for `make quick`, which leaves them out; all others of conformance stay
+    "conformance/test_compile.py", "conformance/test_models.py", "conformance/test_nothing.py",
+    "test_every_config_takes_a_step", "test_compiling_changes_nothing", "_in_bf16_over_",
+    "test_bfloat16_is_finite_at_length_16k", "test_whatever_is_accepted_is_computed_as_specified",
+    "conformance/test_state_fit.py", "conformance/test_not_finite.py", "ops/test_ops_nothing.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Marks whole programs and slow tests by their place, so that a new one is found at once."""
+    for item in items:
+        place = item.nodeid.removeprefix("tests/")
+        if place.startswith(PROGRAMS) and not place.startswith(QUICK):
+            item.add_marker("program")
+        if any(part in place for part in SLOW):
+            item.add_marker("slow")

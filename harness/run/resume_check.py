@@ -24,7 +24,7 @@ from mneme.harness.run.checkpoints import (
 from mneme.harness.run.training import optimizer_factory
 from mneme.models import LanguageModel
 from mneme.models.lightning_module import OptimizerFactory
-from mneme.models.parameter_groups import make_optimizer, with_tables
+from mneme.models.optim import make_optimizer, with_tables
 from mneme.tasks.base import Task
 
 _LISTED = 8  # problems in one message

@@ -31,7 +31,7 @@ from mneme.harness.run.signals import Interrupted, interruptible
 from mneme.harness.run.stopwatch import Stopwatch
 from mneme.models import Budget, LanguageModel, SequenceModule, budget
 from mneme.models.lightning_module import OptimizerFactory
-from mneme.models.parameter_groups import make_optimizer
+from mneme.models.optim import make_optimizer
 from mneme.tasks.base import Task
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mneme.harness.config.compose import compose_checked
 from mneme.harness.run.run_directory import RunDirectory
 from mneme.harness.run.training import Prepared, prepare, train
-from mneme.models.parameter_groups import parameter_groups
+from mneme.models.optim import parameter_groups
 from mneme.tasks.base import IGNORE
 from scripts.benchmarks import measure
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mneme.layers import PEER, ProductKeyMemory, TableOptions
 from mneme.layers.sparse.table import Table
-from mneme.models.parameter_groups import make_optimizer
+from mneme.models.optim import make_optimizer
 from mneme.ops.table_read import dot_rows, sum_rows
 from scripts.benchmarks import measure
 from scripts.benchmarks.peak import peak_memory

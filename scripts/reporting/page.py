@@ -159,7 +159,7 @@ def _provenance(rows: Sequence[Row], columns: Sequence[Column]) -> Iterable[str]
 
 def _origin(what: str, times: Sequence[str], records: Sequence[Sequence[Mapping[str, Any]]]) -> str:
     """Dates, hardware, versions and commits; each item of `records` is one run or evaluation."""
-    every = [record for group in records for record in group if record.keys() >= _ORIGIN]
+    every = [r for group in records for r in group if all(r.get(name) for name in _ORIGIN)]
     days = sorted({time[:10] for time in times})
     versions = [
         f"Python {record['versions'].get('python')}, torch {record['versions'].get('torch')}"
@@ -178,7 +178,7 @@ def _commits(records: Sequence[Sequence[Mapping[str, Any]]]) -> str:
     """One commit, or how many runs come from which."""
     counts: Counter[str] = Counter()
     for group in records:
-        counts.update({record["commit"] for record in group if "commit" in record})
+        counts.update({record["commit"] for record in group if record.get("commit")})
     if len(counts) <= 1:
         return "".join(f"commit {_commit(name)}" for name in counts)
     each = ", ".join(f"{_commit(name)}: {n}" for name, n in counts.items())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mneme.layers import is_loss
-from mneme.models.parameter_groups import make_optimizer
+from mneme.models.optim import make_optimizer
 from tests.helpers import LAYER_EXAMPLES, assert_close, example_input, example_layer
 
 every_layer = pytest.mark.parametrize(

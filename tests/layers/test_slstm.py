@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from mneme.layers import SLSTM
 from mneme.layers.recurrent.slstm import FORGET_BIAS
-from mneme.models.parameter_groups import parameter_groups
+from mneme.models.optim import parameter_groups
 from mneme.ops.lstm import lstm_naive
 from mneme.ops.slstm import slstm_naive
 from tests.helpers import assert_close, assert_states_close

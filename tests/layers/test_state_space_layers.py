@@ -10,7 +10,7 @@ from mneme.layers import S4D, LongConv, Mamba, SavingLayer
 from mneme.layers.matrix.decay_gates import STEP_RANGE
 from mneme.layers.recurrent.long_conv import KERNEL_STD
 from mneme.layers.recurrent.s4d import first_rates
-from mneme.models.parameter_groups import parameter_groups
+from mneme.models.optim import parameter_groups
 from mneme.ops.diagonal_state_space import diagonal_state_space_naive
 from mneme.ops.long_convolution import long_convolution_naive
 from mneme.ops.selective_scan import selective_scan_naive

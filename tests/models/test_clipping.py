@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from mneme.layers import ParamOptions
-from mneme.models.clipping import MAIN, clip_by_groups
 from mneme.models.diagnosis import nonfinite_gradients
+from mneme.models.optim import MAIN, clip_by_groups
 
 
 class Table(nn.Module):

@@ -16,7 +16,7 @@ from mneme.layers import (
     SwiGLU,
 )
 from mneme.models import LanguageModel
-from mneme.models.parameter_groups import make_optimizer, parameter_groups
+from mneme.models.optim import make_optimizer, parameter_groups
 from tests.helpers import assert_close
 
 MIXER = partial(GatedDeltaNet, heads=2)

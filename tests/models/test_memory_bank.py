@@ -19,7 +19,7 @@ from mneme.layers import (
 )
 from mneme.models import LanguageModel, budget, generate, make_optimizer
 from mneme.models.diagnosis import first_nonfinite
-from mneme.models.row_gradients import coalesced
+from mneme.models.optim import coalesced
 from tests.helpers import assert_close
 
 D, V, T = 16, 11, 7

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from mneme.layers import ParamOptions
-from mneme.models import table_exchange
-from mneme.models.table_exchange import average_rows, leave_out_of_ddp
+from mneme.models import optim
+from mneme.models.optim import average_rows, leave_out_of_ddp
 from tests.helpers import assert_close
 
 N, D, RANKS = 10, 3, 3
@@ -48,8 +48,8 @@ def exchange(monkeypatch):
         assert len({tensor.shape for tensor in received}) == 1, "pieces must be of one size"
         return received
 
-    monkeypatch.setattr(table_exchange, "_processes", lambda: RANKS)
-    monkeypatch.setattr(table_exchange, "_gather", gather)
+    monkeypatch.setattr(optim, "_processes", lambda: RANKS)
+    monkeypatch.setattr(optim, "_gather", gather)
 
     def run(modules):
         def of(rank):

@@ -16,9 +16,14 @@ from mneme.harness.run.checkpoints import Interrupted, read_checkpoint
 from mneme.harness.run.jobs import resume_run, start_run
 from mneme.harness.run.metrics_file import read_metrics
 from mneme.layers import ParamOptions
-from mneme.models.parameter_groups import make_optimizer, parameter_groups, row_updated
-from mneme.models.row_gradients import coalesced, row_gradient
-from mneme.models.table_optimizer import OptimizerWithTables
+from mneme.models.optim import (
+    OptimizerWithTables,
+    coalesced,
+    make_optimizer,
+    parameter_groups,
+    row_gradient,
+    row_updated,
+)
 from tests.harness.conftest import TINY
 from tests.helpers import assert_close
 
@@ -108,7 +113,7 @@ def test_rows_that_are_not_touched_keep_every_bit(update):
 def test_many_blocks_are_one_table(monkeypatch):
     nets = [Net(ParamOptions(update="lazy")).double() for _ in range(2)]
     run(nets[0], make_optimizer(nets[0], ADAMW), SOME)
-    monkeypatch.setattr("mneme.models.table_optimizer._BLOCK_CPU", 1)
+    monkeypatch.setattr("mneme.models.optim._BLOCK_CPU", 1)
     run(nets[1], make_optimizer(nets[1], ADAMW), SOME)
     assert_close(nets[1].table.weight, nets[0].table.weight, "table", 1e-14)
 

@@ -358,6 +358,20 @@ def test_a_place_without_runs_is_named(made, tmp_path):
         made(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("file", ["summary.json", "evaluations.jsonl"])
+def test_entries_of_another_kind_are_refused_by_name(made, runs, file):
+    entries = runs / "gdn0" / file
+    first, *others = entries.read_text().splitlines() if file.endswith("l") else ["", ""]
+    row = json.loads(first or entries.read_text())
+    for hardware in (None, ["a CPU"]):  # null: it was not known
+        changed = json.dumps({**row, "hardware": hardware})
+        entries.write_text("\n".join([changed, *others]) + "\n")
+        if hardware is None:
+            made(runs, "--columns", "eval:accuracy@32")
+    with pytest.raises(ReportError, match=r"hardware is \['a CPU'\], which this project did not"):
+        made(runs, "--columns", "eval:accuracy@32")
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
