@@ -89,13 +89,13 @@ def test_second_derivative_is_refused():
 
 
 @pytest.mark.parametrize("side", [4, 8, 16, 32, 64, 128])
-@pytest.mark.parametrize("strength", [1.0, 2.0])
+@pytest.mark.parametrize("beta", [1.0, 2.0])
 @pytest.mark.parametrize("repeated", [False, True])
-def test_inverse_is_accurate_in_float32(side, strength, repeated):
+def test_inverse_is_accurate_in_float32(side, beta, repeated):
     keys = torch.randn(5, side, 24, generator=torch.Generator().manual_seed(0))
     if repeated:  # entries of -1 or -2 throughout, where a power series cancels
         keys = keys[:, :1].expand_as(keys)
     keys = torch.nn.functional.normalize(keys, dim=-1)
-    n = -strength * keys @ keys.mT
+    n = -beta * keys @ keys.mT
     exact = torch.linalg.inv(torch.eye(side, dtype=torch.float64) - n.double().tril(-1))
     assert_close({"inverse": inverse_of_one_minus(n)}, {"inverse": exact}, 2e-5)

@@ -96,7 +96,7 @@ def neural_memory_options(
             depth=network["depth"],
             expand=network["expansion_factor"],
         ),
-        "retention": ForgetGate("head"),
+        "forget_gate": ForgetGate("head"),
         "learner": Learner(
             max_inner_lr=2 / width * default_step_transform_max_lr * scale,
             momentum=momentum,
