@@ -3,6 +3,7 @@
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -175,3 +176,18 @@ def test_models_with_and_without_a_bank_share_their_weights(folder):
     assert mine["embedding.weight"].data_ptr() == other["embedding.weight"].data_ptr()
     tokens = torch.arange(4)[None]
     assert not with_bank(tokens).y.equal(anchor(tokens).y), "blocks are not zero"
+
+
+def test_places_are_as_fast_as_whole_paths_were_read(folder, monkeypatch):
+    places = []
+    monkeypatch.setattr(
+        cold_reads.measure,
+        "interleaved",
+        lambda calls, *_, **__: dict(zip(calls, ([4.0, 2.0, 1.0], [8.0, 8.0, 8.0]), strict=True)),
+    )
+    monkeypatch.setattr(cold_reads, "tier_table", lambda shape, dtype, tiers: places.extend(tiers))
+    cold_reads._tier_table(folder, 7.0)
+    with closing(StoredBank(folder, read="pread")) as stored:
+        size = stored.shape.fetched * cold_reads.DTYPE.itemsize
+    rates = {place.name: place.bytes_per_second for place in places}
+    assert rates == {"memory": size / 2, "page cache": size / 8, "disk": 7}
