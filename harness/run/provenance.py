@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def provenance() -> dict[str, Any]:
     """The facts that a result needs beside it to be trusted."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "commit": commit(),
         "hardware": hardware(),
         "versions": {
@@ -28,6 +28,26 @@ def provenance() -> dict[str, Any]:
             "lightning": lightning.__version__,
         },
     }
+
+
+def command() -> str:
+    """What was typed, as it can be pasted into a shell at the root of a checkout."""
+    return shlex.join([*program(sys.argv[0]), *sys.argv[1:]])
+
+
+def program(name: str = "train.py") -> list[str]:
+    """How a program of this project is started: by its file, or as a module where it is installed.
+
+    Args:
+        name: its path, or that from the root.
+    """
+    path = (ROOT / name).resolve()
+    if not path.is_relative_to(ROOT):
+        return ["python", name]  # one that uses this project
+    inside = path.relative_to(ROOT)
+    if (ROOT / "pyproject.toml").exists():
+        return ["python", str(inside)]
+    return ["python", "-m", ".".join(["mneme", *inside.with_suffix("").parts])]
 
 
 def commit() -> str:

@@ -11,6 +11,7 @@ handler, which signals have come; it answers, and it ends the program if that is
 """
 
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -40,7 +41,11 @@ class Interrupted(BaseException):
         if run is not None:
             sweep = (run.parent / "sweep.json").is_file()  # which goes on with its other jobs too
             place = run.parent if sweep else run
-            said += f"; {step} steps are saved. Continue with: python train.py resume={place}"
+            # Not above: signals are listened to before anything slow is imported.
+            from mneme.harness.run.provenance import program
+
+            command = shlex.join([*program("train.py"), f"resume={place}"])
+            said += f"; {step} steps are saved. Continue with: {command}"
         super().__init__(said)
         self.number = number
         self.exit_status = 130 if number == signal.SIGINT else 143 if run is None else 0

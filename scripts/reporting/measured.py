@@ -55,7 +55,7 @@ def measured(
         [
             "\n".join(f"| {' | '.join(line)} |" for line in lines),
             "\n".join(f"- {note}" for note in notes),
-            f"```bash\npython scripts/{facts['command']}\n```",
+            f"```bash\n{facts['command']}\n```",
         ]
     )
 

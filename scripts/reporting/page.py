@@ -196,6 +196,8 @@ def _typed(commands: Iterable[str]) -> list[str]:
 
 def _without_place(command: str) -> str:
     words = [word for word in shlex.split(command) if not word.startswith("run_dir=")]
+    if words[0].endswith(".py"):  # of a run of before commands could be pasted
+        words.insert(0, "python")
     return shlex.join("run=RUN" if word.startswith("run=") else word for word in words)
 
 

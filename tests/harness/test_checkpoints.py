@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from mneme.harness.config.check import ConfigError
 from mneme.harness.evaluate.eval_command import evaluate_command
+from mneme.harness.run import provenance
 from mneme.harness.run.checkpoints import Checkpoints, checkpoint_config, read_checkpoint
 from mneme.harness.run.jobs import resume_run
 from mneme.harness.run.run_directory import (
@@ -217,3 +219,28 @@ def test_a_metric_that_is_no_number_is_never_the_best(tmp_path):
         checkpoints.on_validation_end(trainer, None)
     assert saved.count("best.ckpt") == 2
     assert checkpoints.best == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("typed", "command"),
+    [
+        (
+            ["train.py", "mixer=gla", "run_dir=my runs"],
+            "python train.py mixer=gla 'run_dir=my runs'",
+        ),
+        (["scripts/budget.py"], "python scripts/budget.py"),
+        (["/elsewhere/mine.py", "1"], "python /elsewhere/mine.py 1"),
+    ],
+)
+def test_a_command_can_be_pasted(monkeypatch, typed, command):
+    monkeypatch.setattr(sys, "argv", typed)
+    assert provenance.command() == command
+    for name in ("train.py", "scripts/budget.py"):  # wherever it was typed
+        if typed[0] == name:
+            monkeypatch.setattr(sys, "argv", [str(provenance.ROOT / name), *typed[1:]])
+            assert provenance.command() == command
+
+
+def test_a_command_of_an_installed_package_names_its_module(monkeypatch, tmp_path):
+    monkeypatch.setattr(provenance, "ROOT", tmp_path / "site-packages" / "mneme")
+    assert provenance.program() == ["python", "-m", "mneme.train"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mneme.layers import DiscreteKeyValueBottleneck, TableOptions, metering
-from mneme.layers import discrete_bottleneck as module
+from mneme.layers.sparse import discrete_bottleneck as module
 from tests.helpers import assert_close
 
 D = 12

@@ -272,7 +272,7 @@ def test_provenance_is_below_and_commits_are_told_apart(made, runs):
         "**not all from one commit** (aaaaaaaaaaaa: 3, bbbbbbbbbbbb with uncommitted changes: 1)"
     )
     assert apart in text
-    assert "\ntrain.py\n" in text, "where a run wrote is left out of its command"
+    assert "\npython train.py\n" in text, "where a run wrote is left out of its command"
 
 
 def test_one_command_can_stand_for_those_of_every_run(made, runs):
@@ -285,7 +285,7 @@ def test_one_command_can_stand_for_those_of_every_run(made, runs):
     lines = [json.dumps({**row, "command": "eval.py run=runs/gdn0"}) for row in rows]
     (runs / "gdn0/evaluations.jsonl").write_text("\n".join(lines))
     text = made(runs, "--made-by", "make table", "--columns", "eval:accuracy@32")
-    assert text.endswith("```bash\neval.py run=RUN\nmake table\n```\n")
+    assert text.endswith("```bash\npython eval.py run=RUN\nmake table\n```\n")
 
 
 def test_a_run_knows_when_it_started(made, trained):
