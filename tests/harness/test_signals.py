@@ -21,7 +21,7 @@ from mneme.harness.evaluate.eval_command import evaluate_command
 from mneme.harness.run.jobs import resume_run
 from mneme.harness.run.metrics_file import read_metrics
 from mneme.harness.run.run_directory import RunDirectory
-from mneme.models import clipping, lightning_module, parameter_groups
+from mneme.models import lightning_module, optim
 from tests.harness.conftest import ROOT, TINY, environment
 
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
@@ -120,10 +120,10 @@ def struck(tmp_path, number, moment, main, *arguments):
 
 MODULE = lightning_module.SequenceModule
 MOMENTS = {  # where, function, call, steps that are saved
-    "before the first step": (parameter_groups, "make_optimizer", 2, 0),
-    "in a step": (clipping, "clip_by_groups", 3, 3),
+    "before the first step": (optim, "make_optimizer", 2, 0),
+    "in a step": (optim, "clip_by_groups", 3, 3),
     "in a validation": (MODULE, "validation_step", 1, 4),
-    "in the last step": (clipping, "clip_by_groups", 6, 6),
+    "in the last step": (optim, "clip_by_groups", 6, 6),
     "in the validation after it": (MODULE, "validation_step", 3, 6),
     "while a checkpoint is written": (torch, "save", 2, 2),
 }
@@ -184,7 +184,7 @@ def test_ctrl_c_is_answered_in_a_long_operation_and_a_second_one_stops_it(tmp_pa
         torch.linalg.matrix_power(torch.rand(2000, 2000), 2**50)
 
     with output.open("w") as file:
-        prepare = at_call(clipping, "clip_by_groups", 3, one_long_operation)
+        prepare = at_call(optim, "clip_by_groups", 3, one_long_operation)
         fork = Fork(train, *TINY, f"run_dir={run.path}", prepare=prepare, output=file.fileno())
     wait_until(begun.exists)
     os.kill(fork.id, signal.SIGINT)
