@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mneme.ops.uncompiled import constant_result
+from mneme.ops.contract import constant_result
 
 ENTRIES = ("forward", "recall", "forward_saving")
 """Methods that take an input and a state, in this order, and therefore check the state first."""

@@ -6,7 +6,7 @@ from torch.utils import _pytree as pytree
 
 from mneme.layers import State
 from mneme.models.optim import coalesced
-from mneme.ops.not_finite import contained
+from mneme.ops.contract import contained
 
 
 class NonFiniteError(RuntimeError):

@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from mneme.ops.contract import without_autocast
 from mneme.ops.delta import delta
-from mneme.ops.precision import without_autocast
 
 _STRENGTH = 0.5  # of a write; neither 0, which learns nothing, nor 1, see `innovation`
 

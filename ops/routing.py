@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 from torch.nn import functional as F
 
-from mneme.ops.precision import without_autocast
+from mneme.ops.contract import without_autocast
 
 
 @without_autocast

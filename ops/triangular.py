@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mneme.ops.constants import kept
+from mneme.ops.contract import kept
 
 _LEAF = 4  # side of the blocks inverted by power series
 _BLOCK = 16  # joins up to this side are masked products of whole blocks: smaller ones are slow

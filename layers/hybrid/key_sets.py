@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from mneme.ops.not_finite import masked_attention
+from mneme.ops.contract import masked_attention
 
 
 class KeySet(NamedTuple):

@@ -25,7 +25,7 @@ from mneme.layers.protocol import (
 )
 from mneme.layers.registry import register
 from mneme.layers.state_fit import TensorSpec
-from mneme.ops.not_finite import masked_attention
+from mneme.ops.contract import masked_attention
 
 RECALL_SCALE = 0.25  # of h at the start, where tokens have 1; see "Where we differ"
 

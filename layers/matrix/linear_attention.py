@@ -10,8 +10,8 @@ from mneme.layers.matrix.feature_maps import elu_map, taylor_map, taylor_size
 from mneme.layers.matrix.matrix_memory import MatrixMemory, Operands, head_size, read_matrix
 from mneme.layers.parts.norm import NORM_EPS
 from mneme.layers.registry import register
+from mneme.ops.contract import without_autocast
 from mneme.ops.linear_attention import linear_attention
-from mneme.ops.precision import without_autocast
 from mneme.ops.scalar_decay import scalar_decay
 
 TAYLOR_KEY = 16  # of "Based": the features grow with its square

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from mneme.layers.parts.norm import NORM_EPS, RMSNorm
 from mneme.layers.protocol import Memory, Output, require_at_least, state_tensors
 from mneme.layers.recurrent.short_convolution import ConvState, ShortConvolution
-from mneme.ops.precision import without_autocast
+from mneme.ops.contract import without_autocast
 
 
 class MatrixState(NamedTuple):

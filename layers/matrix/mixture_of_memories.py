@@ -22,7 +22,7 @@ from mneme.layers.protocol import (
 )
 from mneme.layers.recurrent.short_convolution import ConvState, ShortConvolution
 from mneme.layers.registry import register
-from mneme.ops.nothing import in_graph_of
+from mneme.ops.contract import in_graph_of
 from mneme.ops.routing import (
     Dispatch,
     Routes,

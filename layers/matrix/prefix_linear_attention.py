@@ -13,7 +13,7 @@ from mneme.layers.matrix.matrix_memory import head_size
 from mneme.layers.parts.precision import at_least_fp32
 from mneme.layers.protocol import Layer, Output, require_at_least
 from mneme.layers.registry import register
-from mneme.ops.precision import without_autocast
+from mneme.ops.contract import without_autocast
 from mneme.ops.scalar_decay import scalar_decay
 
 

@@ -11,8 +11,8 @@ from mneme.layers.parts.telemetry import observe
 from mneme.layers.protocol import Layer, Output, State, require_at_least
 from mneme.layers.registry import register
 from mneme.layers.sparse.experts import Experts
+from mneme.ops.contract import uncompiled
 from mneme.ops.routing import mean_over_tokens, router_logits
-from mneme.ops.uncompiled import uncompiled
 
 _STEEP = 100.0  # of the sigmoid that takes a logit for active or not, as in the released code
 

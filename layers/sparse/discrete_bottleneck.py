@@ -10,7 +10,7 @@ from mneme.layers.protocol import Layer, Output, State, require_at_least
 from mneme.layers.registry import register
 from mneme.layers.sparse.table import OWN, TableOptions, make_table
 from mneme.layers.sparse.usage import observe_rows
-from mneme.ops.precision import without_autocast
+from mneme.ops.contract import without_autocast
 
 _BLOCK = 2**20  # distances held at a time, few enough for the cache
 _SMOOTHING = 1e-5  # added to the size of every cluster, as in VQ-VAE (arXiv 1711.00937)

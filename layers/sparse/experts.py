@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mneme.layers.protocol import require_at_least
+from mneme.ops.contract import uncompiled
 from mneme.ops.grouped_linear import grouped_linear
 from mneme.ops.routing import group, grouped, ungrouped
-from mneme.ops.uncompiled import uncompiled
 
 _TILE = 8  # rows of a tile of matrix products, or a multiple
 

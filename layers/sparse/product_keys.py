@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mneme.layers.parts.precision import at_least_fp32
 from mneme.layers.protocol import require_at_least, require_choice
-from mneme.ops.precision import without_autocast
+from mneme.ops.contract import without_autocast
 from mneme.ops.product_key import product_key_topk
 
 QueryNorm = Literal["none", "layer", "batch"]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mneme.layers.protocol import require_at_least
 from mneme.layers.sparse.table import SharedTable, Table
+from mneme.ops.contract import uncompiled
 from mneme.ops.table_read import dot_rows, sum_rows
-from mneme.ops.uncompiled import uncompiled
 from mneme.storage.quantized_rows import TableFile, TableFileError, decode, write_table
 from mneme.storage.row_cache import RowCache
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mneme.layers.parts.precision import at_least_fp32
 from mneme.layers.protocol import require_at_least
 from mneme.layers.sparse.product_keys import half_width
-from mneme.ops.precision import without_autocast
+from mneme.ops.contract import without_autocast
 from mneme.ops.tucker import Leading, leading_vectors, tail_penalty, tucker_topk
 
 

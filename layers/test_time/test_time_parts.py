@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mneme.layers.protocol import require_at_least
-from mneme.ops.constants import kept
+from mneme.ops.contract import kept
 from mneme.ops.test_time import MLP, Boundary, MemoryNetwork, Orthogonal
 from mneme.ops.test_time.choices import require_one_of
 

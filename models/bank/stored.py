@@ -22,7 +22,7 @@ from mneme.models.bank.manifest import Manifest, open_levels, retrying
 from mneme.models.bank.reading import Read
 from mneme.models.bank.records import Reads, Records
 from mneme.models.bank.task import Task
-from mneme.ops.uncompiled import uncompiled
+from mneme.ops.contract import uncompiled
 
 CACHE_BYTES = 256 * 2**20
 _WINDOW = 8  # blocks of a call that are asked for before the first of them is copied

@@ -8,8 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mneme.ops.not_finite import carries
-from mneme.ops.nothing import accepts_nothing
+from mneme.ops.contract import accepts_nothing, carries
 
 # Queries a block. A block of b reads b + window keys of which a query sees `window`, so larger
 # blocks than the window waste work, and very small ones are all overhead.

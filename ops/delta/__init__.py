@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mneme.ops.contract import carries
 from mneme.ops.delta.chunk import delta_chunk
 from mneme.ops.delta.naive import delta_naive
 from mneme.ops.gated_delta import OP as GATED_DELTA
 from mneme.ops.gated_delta import RECURRENT_UP_TO, check_chunk_size, gated_delta
-from mneme.ops.not_finite import carries
 from mneme.ops.registry import Op
 
 __all__ = ["OP", "delta", "delta_chunk", "delta_naive"]

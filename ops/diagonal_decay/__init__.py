@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mneme.ops.contract import carries
 from mneme.ops.diagonal_decay.chunk import check_chunk_size, diagonal_decay_chunk
 from mneme.ops.diagonal_decay.naive import diagonal_decay_naive
-from mneme.ops.not_finite import carries
 from mneme.ops.registry import Op
 
 __all__ = ["OP", "diagonal_decay", "diagonal_decay_chunk", "diagonal_decay_naive"]

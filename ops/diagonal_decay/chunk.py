@@ -14,11 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mneme.ops.contract import accepts_nothing, uncompiled, without_autocast
 from mneme.ops.diagonal_decay.segment import Segment
-from mneme.ops.nothing import accepts_nothing
-from mneme.ops.precision import without_autocast
 from mneme.ops.tiling import Tiling
-from mneme.ops.uncompiled import uncompiled
 
 # Numbers per tensor of a segment, for each thread. The steps of a segment go over some thirty such
 # tensors; a smaller segment pays more for its calls than it gains from caches.

@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mneme.ops.nothing import accepts_nothing
-from mneme.ops.precision import without_autocast
+from mneme.ops.contract import accepts_nothing, without_autocast
 
 
 @accepts_nothing("q", "k", "v", "g")

@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from mneme.ops.contract import uncompiled
 from mneme.ops.diagonal_decay.levels import Descent, Ladder
-from mneme.ops.uncompiled import uncompiled
 
 _BITS = math.log2(math.e)
 

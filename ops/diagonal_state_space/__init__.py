@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mneme.ops.contract import carries
 from mneme.ops.diagonal_state_space.chunk import check, diagonal_state_space_chunk
 from mneme.ops.diagonal_state_space.naive import diagonal_state_space_naive
-from mneme.ops.not_finite import carries
 from mneme.ops.registry import Op
 
 __all__ = ["OP", "diagonal_state_space", "diagonal_state_space_chunk", "diagonal_state_space_naive"]

@@ -15,10 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mneme.ops.contract import accepts_nothing, uncompiled, without_autocast
 from mneme.ops.diagonal_state_space.hold import zero_order_hold
-from mneme.ops.nothing import accepts_nothing
-from mneme.ops.precision import without_autocast
-from mneme.ops.uncompiled import uncompiled
 
 # Inputs of the channels that are worked together: their tiles stay in cache from one product to
 # the next. Channels do not meet, so that any number of them may be taken at a time.

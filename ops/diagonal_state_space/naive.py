@@ -8,9 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mneme.ops.contract import accepts_nothing, without_autocast
 from mneme.ops.diagonal_state_space.hold import zero_order_hold
-from mneme.ops.nothing import accepts_nothing
-from mneme.ops.precision import without_autocast
 
 
 @accepts_nothing("x")

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mneme.ops.contract import carries
 from mneme.ops.gated_delta.chunk import check_chunk_size, gated_delta_chunk
 from mneme.ops.gated_delta.naive import gated_delta_naive
-from mneme.ops.not_finite import carries
 from mneme.ops.registry import Op
 
 __all__ = [

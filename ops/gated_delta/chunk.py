@@ -18,11 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mneme.ops.nothing import accepts_nothing
-from mneme.ops.precision import without_autocast
+from mneme.ops.contract import accepts_nothing, uncompiled, without_autocast
 from mneme.ops.tiling import Tiling
 from mneme.ops.triangular import inverse_of_one_minus
-from mneme.ops.uncompiled import uncompiled
 
 
 class _Decay(NamedTuple):

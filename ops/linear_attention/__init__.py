@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mneme.ops.contract import carries
 from mneme.ops.linear_attention.chunk import linear_attention_chunk, with_prefix
 from mneme.ops.linear_attention.naive import Prefix, State, linear_attention_naive
-from mneme.ops.not_finite import carries
 from mneme.ops.registry import Op
 from mneme.ops.scalar_decay.chunk import check_chunk_size
 

@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mneme.ops.contract import uncompiled, without_autocast
 from mneme.ops.linear_attention.naive import Prefix, State
-from mneme.ops.precision import without_autocast
 from mneme.ops.scalar_decay import scalar_decay_chunk
-from mneme.ops.uncompiled import uncompiled
 
 
 @without_autocast

@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mneme.ops.nothing import in_graph_of
-from mneme.ops.precision import without_autocast
+from mneme.ops.contract import in_graph_of, without_autocast
 
 State: TypeAlias = tuple[Float[Tensor, "B H F V"], Float[Tensor, "B H F"]]
 Prefix: TypeAlias = tuple[Float[Tensor, "B M H F"], Float[Tensor, "B M H V"]]

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mneme.ops.contract import carries
 from mneme.ops.long_convolution.blocks import check, long_convolution_blocks
 from mneme.ops.long_convolution.naive import long_convolution_naive
-from mneme.ops.not_finite import carries
 from mneme.ops.registry import Op
 
 __all__ = ["OP", "long_convolution", "long_convolution_blocks", "long_convolution_naive"]

@@ -17,9 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.fft import irfft, rfft
 from torch.nn.functional import pad
 
+from mneme.ops.contract import uncompiled, without_autocast
 from mneme.ops.long_convolution.naive import long_convolution_naive
-from mneme.ops.precision import without_autocast
-from mneme.ops.uncompiled import uncompiled
 
 _DIRECT = 128  # tokens of the smallest blocks, which are multiplied by a Toeplitz matrix
 _PARTS = 8  # blocks of one size in a block of the next

@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mneme.ops.nothing import in_graph_of
-from mneme.ops.precision import without_autocast
+from mneme.ops.contract import in_graph_of, without_autocast
 
 
 @without_autocast

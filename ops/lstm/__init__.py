@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mneme.ops.contract import carries
 from mneme.ops.lstm.cell import lstm_scan
 from mneme.ops.lstm.naive import LSTMState, lstm_naive
 from mneme.ops.lstm.scan import RECURRENT_UP_TO, check_weights
-from mneme.ops.not_finite import carries
 from mneme.ops.registry import Op
 
 __all__ = ["OP", "LSTMState", "lstm", "lstm_naive", "lstm_scan"]

@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mneme.ops.contract import uncompiled, without_autocast
 from mneme.ops.lstm.naive import LSTMState
 from mneme.ops.lstm.scan import Cell, scan
-from mneme.ops.precision import without_autocast
-from mneme.ops.uncompiled import uncompiled
 
 
 class _LSTM(Cell):

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mneme.ops.precision import without_autocast
+from mneme.ops.contract import without_autocast
 from mneme.ops.product_key.largest import largest
 
 

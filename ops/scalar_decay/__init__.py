@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mneme.ops.not_finite import carries
+from mneme.ops.contract import carries
 from mneme.ops.registry import Op
 from mneme.ops.scalar_decay.chunk import check_chunk_size, scalar_decay_chunk
 from mneme.ops.scalar_decay.naive import scalar_decay_naive

@@ -19,12 +19,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mneme.ops.nothing import accepts_nothing
-from mneme.ops.precision import without_autocast
+from mneme.ops.contract import accepts_nothing, uncompiled, without_autocast
 from mneme.ops.scalar_decay.decay import Decay
 from mneme.ops.scalar_decay.naive import heads_per_group
 from mneme.ops.tiling import Tiling
-from mneme.ops.uncompiled import uncompiled
 
 
 class _Tiles(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mneme.ops.not_finite import carries
+from mneme.ops.contract import carries
 from mneme.ops.registry import Op
 from mneme.ops.selective_scan.chunk import check_shapes, selective_scan_chunk
 from mneme.ops.selective_scan.naive import selective_scan_naive

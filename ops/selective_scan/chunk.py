@@ -16,9 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mneme.ops.nothing import accepts_nothing
-from mneme.ops.precision import without_autocast
-from mneme.ops.uncompiled import uncompiled
+from mneme.ops.contract import accepts_nothing, uncompiled, without_autocast
 
 # Numbers of one tensor of a chunk. What a chunk touches is to stay in the second-level cache, and
 # the calls that are made once a chunk are to be few beside the one that is made for every token.

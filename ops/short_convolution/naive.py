@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mneme.ops.nothing import accepts_nothing
+from mneme.ops.contract import accepts_nothing
 
 
 @accepts_nothing("x")

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mneme.ops.not_finite import carries
+from mneme.ops.contract import carries
 
 _BLOCK_NUMBERS = 2**17  # whose products are summed while they are in cache
 

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mneme.ops.contract import carries
 from mneme.ops.lstm import OP as LSTM
 from mneme.ops.lstm.scan import RECURRENT_UP_TO, check_weights
-from mneme.ops.not_finite import carries
 from mneme.ops.registry import Op
 from mneme.ops.slstm.cell import slstm_scan
 from mneme.ops.slstm.naive import SLSTMState, slstm_naive

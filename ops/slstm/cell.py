@@ -11,10 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mneme.ops.contract import uncompiled, without_autocast
 from mneme.ops.lstm.scan import Cell, scan
-from mneme.ops.precision import without_autocast
 from mneme.ops.slstm.naive import SLSTMState
-from mneme.ops.uncompiled import uncompiled
 
 
 def _closed(lost: Tensor) -> Tensor:

@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mneme.ops.precision import without_autocast
+from mneme.ops.contract import uncompiled, without_autocast
 from mneme.ops.table_read.kernels import all_row_sums, products, touched_row_sums, weighted_sums
 from mneme.ops.table_read.naive import exact_dtype
-from mneme.ops.uncompiled import uncompiled
 
 
 class _Sum(torch.autograd.Function):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mneme.ops.precision import without_autocast
+from mneme.ops.contract import without_autocast
 from mneme.ops.registry import Op
 from mneme.ops.test_time.boundary import (
     Boundary,

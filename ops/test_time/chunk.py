@@ -15,9 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mneme.ops.not_finite import carries
-from mneme.ops.nothing import accepts_nothing
-from mneme.ops.precision import without_autocast
+from mneme.ops.contract import accepts_nothing, carries, uncompiled, without_autocast
 from mneme.ops.test_time.engine import Carried, Engine, Tiles
 from mneme.ops.test_time.memories import Head
 from mneme.ops.test_time.mixing import TiledGates
@@ -29,7 +27,6 @@ from mneme.ops.test_time.tiles import (
     to_overlapping_tiles,
     to_tiles,
 )
-from mneme.ops.uncompiled import uncompiled
 
 # Numbers in the widest tensor of a run: enough chunks a call to hide its overhead, few enough to
 # stay in cache. A run of one chunk is spared copies of weights and factors.

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from mneme.ops.nothing import accepts_nothing
-from mneme.ops.precision import without_autocast
+from mneme.ops.contract import accepts_nothing, without_autocast
 from mneme.ops.test_time.boundary import newton_schulz
 from mneme.ops.test_time.memories import Head, Slots
 from mneme.ops.test_time.rule import FastWeights, Gates, Rule, Slow

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mneme.ops.precision import without_autocast
+from mneme.ops.contract import without_autocast
 
 
 class Leading(NamedTuple):

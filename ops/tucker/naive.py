@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mneme.ops.nothing import in_graph_of
+from mneme.ops.contract import in_graph_of
 from mneme.ops.tucker.leading import Leading, leading_vectors
 
 

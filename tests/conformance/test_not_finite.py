@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mneme.layers import LAYERS, Memory
-from mneme.ops.not_finite import contained
+from mneme.ops.contract import contained
 from tests.helpers import LAYER_EXAMPLES, example_input, example_layer, run_in_pieces
 
 

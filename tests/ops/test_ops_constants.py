@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mneme.ops import OPS
-from mneme.ops.constants import kept
+from mneme.ops.contract import kept
 from mneme.ops.gated_delta import gated_delta_chunk
 from tests.ops.calls import make
 
