@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from lightning.pytorch.plugins.precision import Precision
@@ -22,6 +22,16 @@ from mneme.routers import Router
 from mneme.tasks.base import Codec, Task
 
 _LONGEST_CHARACTER = 4  # bytes of UTF-8, each of which may be a token
+
+
+class Sampling(TypedDict, total=False):
+    """How tokens are drawn, see `LoadedRun.stream`."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+    route: int | None
 
 
 @dataclass(frozen=True)
@@ -44,29 +54,9 @@ class LoadedRun:
     tokenizer: Codec | None
     router: Router | None
 
-    def generate(
-        self,
-        prompt: str,
-        max_new_tokens: int = 100,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        route: int | None = None,
-    ) -> str:
+    def generate(self, prompt: str, max_new_tokens: int = 100, **sampling: Unpack[Sampling]) -> str:
         """The text that the model goes on with, without the prompt; arguments as of `stream`."""
-        return "".join(
-            self.stream(
-                prompt,
-                max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
-                route=route,
-            )
-        )
+        return "".join(self.stream(prompt, max_new_tokens, **sampling))
 
     def stream(
         self,
