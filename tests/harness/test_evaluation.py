@@ -1,6 +1,7 @@
 """Evaluation at any length, with the state carried or not, and plain words where it cannot be."""
 
 import json
+import os
 from functools import partial
 
 import pytest
@@ -208,3 +209,16 @@ def test_only_batches_of_examples_shrink_as_sequences_grow():
     without = {"_target_": "mneme.tasks.MQAR", "seq_len": 16}
     assert lengthened(without, 4) == {**without, "seq_len": 64}
     assert lengthened(recall, 1) == recall
+
+
+def test_without_a_run_the_newest_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="run: needs a value"):
+        evaluate_command([])
+    for place, age in (("runs/older", 20), ("runs/a_sweep/3", 10), ("runs/oldest", 30)):
+        summary = tmp_path / place / "summary.json"
+        summary.parent.mkdir(parents=True)
+        summary.write_text("{}")
+        os.utime(summary, (1e9 - age, 1e9 - age))
+    with pytest.raises(ConfigError, match=r"The newest is run=runs/a_sweep/3$"):
+        evaluate_command(["split=val"])
