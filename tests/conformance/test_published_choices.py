@@ -9,7 +9,7 @@ import pytest
 
 from mneme import layers
 from mneme.harness.config.build import build
-from mneme.harness.config.compose import compose_group
+from mneme.harness.config.compose import CONFIG_DIR, compose_group
 from mneme.ops import test_time
 
 MIXERS = {
@@ -143,3 +143,71 @@ def test_lact_has_a_gated_memory_beside_attention_of_a_chunk():
     assert memory.rule.boundary == test_time.RowNorm()
     assert (memory.rule.update, memory.rule.read_before) == ("chunk", True)
     assert (memory.rule.decay, memory.rule.momentum) == ("none", True)
+
+
+ROWS = {"table": {"update": "lazy", "lr_multiplier": 1.0}}
+PKM = {"heads": 4, "top_k": 32, "sub_keys": 128}  # arXiv 1907.05242: 4 heads, 32 keys of each
+FFNS = {  # what a file chooses, besides the defaults of its class; sizes are those of small models
+    "bank": {"bank": {"branching": 4, "hidden": [16, 8, 8], "kind": "ffn", "update": "lazy"}},
+    "blockffn": {"experts": 32},
+    "dkvb": {"codebooks": 64, "keys": 256, "key_dim": 8, **ROWS},
+    "memory_plus": {**PKM, "table": {**ROWS["table"], "share": "memory_plus"}},
+    "moe": {"experts": 8, "top_k": 2, "renormalize": False},  # OLMoE: weights as they are
+    "moe_chunk": {"chunk": 32, "mixture": {"experts": 4, "top_k": 2, "renormalize": True}},
+    "peer": {"heads": 8, "top_k": 16, "sub_keys": 128, **ROWS},  # arXiv 2407.04153
+    "pkm": {**PKM, **ROWS},
+    "pkm_parallel": {"layers": [{}, {**PKM, **ROWS}]},
+    "ultramem": {
+        "heads": 2,
+        "top_k": 32,
+        "sub_keys": 128,
+        "expansion": 4,  # arXiv 2411.12364: virtual values for 4 blocks
+        "scoring": {"rank": 2, "cores": 2, "tail_loss": 0.001},
+        **ROWS,
+    },
+    "ultramem_v2": {
+        "layers": [
+            {},
+            {"heads": 1, "top_k": 32, "scoring": {"rank": 2, "query_per_rank": True}, **ROWS},
+        ]
+    },
+}
+MODELS = {"recall": (64, 2), "facts": (64, 2), "lm": (128, 4)}  # arXiv 2312.04927 has two layers
+
+
+def part_of(expected, found) -> bool:
+    """Whether all that is expected is found, entry by entry."""
+    if isinstance(expected, dict):
+        return all(key in found and part_of(expected[key], found[key]) for key in expected)
+    if isinstance(expected, list):
+        pairs = zip(expected, found, strict=True)
+        return all(part_of(wanted, got) for wanted, got in pairs)
+    return expected == found
+
+
+@pytest.mark.parametrize("name", FFNS)
+def test_a_feed_forward_is_of_the_size_that_was_chosen(name):
+    found = compose_group("ffn", [f"ffn={name}"])
+    assert part_of(FFNS[name], found), found
+
+
+def test_every_feed_forward_with_choices_is_in_the_table():
+    files = {file.stem for file in (CONFIG_DIR / "ffn").glob("*.yaml")}
+    assert files - {"none", "mlp", "swiglu"} == set(FFNS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_is_of_the_size_that_was_chosen(name):
+    found = compose_group("model", [f"model={name}"])
+    assert (found["d_model"], found["n_layers"]) == MODELS[name]
+    assert (found["tie_embeddings"], found["dropout"]) == (True, 0.0)
+    assert not found["checkpoint_blocks"]
+
+
+@pytest.mark.parametrize(
+    ("name", "attends"), [("hybrid", [0, 0, 0, 1]), ("griffin", [0, 0, 1]), ("samba", [0, 1])]
+)
+def test_a_hybrid_attends_in_the_blocks_that_its_paper_says(name, attends):
+    pattern = compose_group("model", [f"model={name}"])["pattern"]
+    mixers = [block[0]["_target_"] for block in pattern]
+    assert [int(mixer == "mneme.layers.SoftmaxAttention") for mixer in mixers] == attends
