@@ -9,7 +9,7 @@ demo: .venv/ready ## train and compare three small models, in under five minutes
 
 test: lint types unit ## everything that must hold before a commit
 
-quick: .venv/ready-dev lint ## what tells you in two minutes whether you broke something
+quick: .venv/ready-dev lint ## lint and the tests that need no whole run
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow and not program"
 
 lint: .venv/ready-dev

@@ -150,7 +150,7 @@ def checked(
         raise ConfigError([*problems, _first_line(error)]) from error
     found = list(problems)
     try:
-        check_config(plain, raw, as_shipped)
+        check_config(plain, raw, as_shipped, wrong=bool(problems))
     except ConfigError as error:
         found += error.problems
     if found:

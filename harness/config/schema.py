@@ -97,7 +97,11 @@ class Options:
 
 
 def check_config(
-    config: Config, raw: Config | None = None, as_shipped: Collection[str] = ()
+    config: Config,
+    raw: Config | None = None,
+    as_shipped: Collection[str] = (),
+    *,
+    wrong: bool = False,
 ) -> None:
     """Checks a whole training config.
 
@@ -106,11 +110,12 @@ def check_config(
         raw: the same before interpolation.
         as_shipped: groups in which nothing was changed. One that takes seconds to check is then
             only checked where nothing else is wrong.
+        wrong: whether something is known to be wrong already.
 
     Raises:
         ConfigError: with every problem found.
     """
-    problems = list(_problems(config, config if raw is None else raw, as_shipped))
+    problems = list(_problems(config, config if raw is None else raw, as_shipped, wrong))
     if problems:
         raise ConfigError(problems)
     options(config)  # which checks their ranges
@@ -133,10 +138,11 @@ def options(config: Config) -> Options:
     return Options(**{key: config[key] for key in signature_of(Options).types if key in config})
 
 
-def _problems(config: Config, raw: Config, as_shipped: Collection[str]) -> Iterator[str]:
+def _problems(
+    config: Config, raw: Config, as_shipped: Collection[str], wrong: bool
+) -> Iterator[str]:
     scalars = signature_of(Options).types
     slow = [key for key, group in GROUPS.items() if isinstance(group.kind, str) and key in config]
-    wrong = False
     for key in sorted(config, key=lambda key: key in slow):
         if wrong and key in slow and key in as_shipped:
             continue

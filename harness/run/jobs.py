@@ -25,6 +25,7 @@ from mneme.harness.run.run_directory import (
     RunError,
     find_run,
     new_run_directory,
+    rank,
     refuse_occupied,
 )
 from mneme.harness.run.run_lock import alone
@@ -66,7 +67,7 @@ def start_job(composed: Composed) -> None:
     overrides = [override.lstrip("+") for override in hydra.overrides.task]
     composed = replace(composed, config={**composed.config, "run_dir": path})
     try:
-        if _begun(Path(path), composed.config):
+        if rank() == 0 and _begun(Path(path), composed.config):
             _go_on(Path(path), overrides)
             return
         run = new_run_directory(path, composed.choices, options(composed.config).seed)
