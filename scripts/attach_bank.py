@@ -53,12 +53,12 @@ class Losses(NamedTuple):
     Attributes:
         fetched: with the blocks of their routes.
         generic: with the generic block.
-        anchor: of the model alone.
+        base_model: of the model alone.
     """
 
     fetched: float
     generic: float
-    anchor: float
+    base_model: float
 
 
 def read_examples(path: Path, tokenizer: Any, router: Router, length: int) -> list[Example]:
@@ -90,10 +90,10 @@ def train(
     """Trains the bank by next-token loss, and prints how that falls.
 
     As in arXiv 2510.02375 the learning rate rises linearly and falls by half a cosine to a tenth.
-    The anchor stays in evaluation mode, without dropout.
+    The base model stays in evaluation mode, without dropout.
 
     Args:
-        attached: its anchor is frozen.
+        attached: its base model is frozen.
         examples: in a new random order for each time that they are used up.
         steps: updates.
         lr: peak learning rate of Adam.
@@ -104,7 +104,7 @@ def train(
     attached.eval()
     attached.bank.train()
     for step, some in enumerate(itertools.islice(_forever(examples, batch), steps), start=1):
-        inputs, labels, route = _collate(some, attached.anchor.device)
+        inputs, labels, route = _collate(some, attached.base_model.device)
         nats, count = _nats(attached(**inputs, route=route).logits, labels)
         loss = nats / count
         optimizer.zero_grad()
@@ -123,7 +123,7 @@ def measure(attached: AttachedBank, examples: Sequence[Example], batch: int) -> 
         total, count = 0.0, 0
         for start in range(0, len(examples), batch):
             some = examples[start : start + batch]
-            inputs, labels, route = _collate(some, attached.anchor.device)
+            inputs, labels, route = _collate(some, attached.base_model.device)
             with torch.no_grad():
                 nats, targets = _nats(logits(inputs, route), labels)
             total, count = total + nats.item(), count + targets
@@ -132,7 +132,7 @@ def measure(attached: AttachedBank, examples: Sequence[Example], batch: int) -> 
     return Losses(
         fetched=loss(lambda inputs, route: attached(**inputs, route=route).logits),
         generic=loss(lambda inputs, route: attached(**inputs, route=route.fill_(GENERIC)).logits),
-        anchor=loss(lambda inputs, route: attached.anchor(**inputs).logits),
+        base_model=loss(lambda inputs, route: attached.base_model(**inputs).logits),
     )
 
 

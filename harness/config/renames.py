@@ -13,6 +13,7 @@ IN_CLASSES = {  # by the class's last name, options that were called otherwise
         "step_bias": "inner_lr_bias",
         "step_per_map": "inner_lr_per_weight",
         "outer_step": "outer_lr",
+        "anchor": "gradient_reference",
     },
 }
 

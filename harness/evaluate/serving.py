@@ -22,7 +22,7 @@ from mneme.harness.run.checkpoints import (
 from mneme.harness.run.precision import run_precision
 from mneme.harness.run.run_directory import RunDirectory, RunError
 from mneme.models import LanguageModel, generate
-from mneme.models.bank import anchor_hash
+from mneme.models.bank import model_hash
 from mneme.models.bank.reading import Read
 from mneme.models.bank.stored import StoredBank
 from mneme.routers import Router
@@ -97,7 +97,7 @@ def load(
 
     Raises:
         RunError: the model reads no bank, or the run has no words.
-        BankError: there is no bank, or it was written for another anchor or router.
+        BankError: there is no bank, or it was written for another base model or router.
         RouterError: the router is damaged.
     """
     loaded = read_checkpoint(checkpoint, mapped=True)
@@ -105,14 +105,14 @@ def load(
     config = checkpoint_config(loaded)
     check_config(config)
     precision = run_precision(config)
-    model = _anchor(config, loaded, len(words), precision)
+    model = _base_model(config, loaded, len(words), precision)
     if model.bank is None:
         raise RunError(f"{checkpoint}: no layer of this model reads a memory bank")
     router = Router.load(run.router) if run.router.exists() else None
     stored = StoredBank(
         bank,
         router=None if router is None else router.hash,
-        anchor=anchor_hash(model),
+        base_model=model_hash(model),
         cache_bytes=cache_bytes,
         read=read,
         dtype=next(model.parameters()).dtype,
@@ -134,7 +134,7 @@ def _words(run: RunDirectory, vocabulary: str) -> Words:
     return words
 
 
-def _anchor(
+def _base_model(
     config: Config, checkpoint: dict[str, Any], vocab_size: int, precision: Precision
 ) -> LanguageModel:
     """The model of a checkpoint; of its bank, nothing is allocated or read."""

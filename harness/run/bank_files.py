@@ -7,16 +7,16 @@ from mneme.harness.run.console import say
 from mneme.harness.run.run_directory import RunDirectory
 from mneme.layers import MemoryBank
 from mneme.models import LanguageModel
-from mneme.models.bank import anchor_hash, write_bank
+from mneme.models.bank import model_hash, write_bank
 from mneme.tasks.base import Task
 
 
 class SaveBank(EndOfStep):
     """Writes the bank of a run when training ends, and on the way if asked.
 
-    It has the weights of the moment, as `last.ckpt` does, and the hash of the anchor that they were
-    trained with. So the two belong together when a run has ended. Where the anchor is trained too,
-    they do so on the way only after steps at which both were written.
+    It has the weights of the moment, as `last.ckpt` does, and the hash of the base model that they
+    were trained with. So the two belong together when a run has ended. Where the base model is
+    trained too, they do so on the way only after steps at which both were written.
 
     Args:
         run: its `bank` folder is written to.
@@ -48,7 +48,7 @@ class SaveBank(EndOfStep):
             self.bank.records,
             dtype="float32",
             router=self.task.router,
-            anchor=anchor_hash(self.model),
+            base_model=model_hash(self.model),
             facts={"step": step, "run": self.run.name},
         )
         self.saved_step = step

@@ -21,7 +21,7 @@ _REMARKS = (
     ".*does not have many workers.*",
     ".*`IterableDataset` has `__len__` defined.*",
     ".*litlogger.*",
-    ".*in eval mode at the start of training.*",  # frozen parts are (harness/run/anchor.py)
+    ".*in eval mode at the start of training.*",  # frozen parts are (harness/run/init_from.py)
     ".*is not resumable.*",  # the data order follows from the step (tasks/base.py)
 )
 

@@ -14,7 +14,6 @@ from mneme.harness.config.check import Config, blaming
 from mneme.harness.config.model_rules import check_model, check_size
 from mneme.harness.config.schema import options
 from mneme.harness.loggers import Dashboard
-from mneme.harness.run.anchor import Anchor, freeze_all_but_bank, init_from
 from mneme.harness.run.bank_files import SaveBank
 from mneme.harness.run.checkpoints import (
     AtomicCheckpointIO,
@@ -23,6 +22,7 @@ from mneme.harness.run.checkpoints import (
 )
 from mneme.harness.run.console import RunProgressBar, label, quiet_libraries, say
 from mneme.harness.run.data import TaskData
+from mneme.harness.run.init_from import InitialWeights, freeze_all_but_bank, init_from
 from mneme.harness.run.metrics_file import MetricsFile, last_validation
 from mneme.harness.run.precision import run_precision
 from mneme.harness.run.provenance import config_hash, provenance
@@ -44,14 +44,14 @@ class Prepared:
         task: with its data prepared.
         model: at its initialization.
         budget: what the model costs at the task's length.
-        anchor: whose weights the model starts with, if it does.
+        initial: whose weights the model starts with, if it does.
     """
 
     config: Config
     task: Task
     model: LanguageModel
     budget: Budget
-    anchor: Anchor | None = None
+    initial: InitialWeights | None = None
 
 
 def prepare(config: Config, *, resumed: bool = False) -> Prepared:
@@ -59,11 +59,11 @@ def prepare(config: Config, *, resumed: bool = False) -> Prepared:
 
     Args:
         config: the checked config.
-        resumed: weights will come from the run's own checkpoint, so that no anchor is read.
+        resumed: weights will come from the run's own checkpoint, so that no other run is read.
 
     Raises:
         ConfigError: values that do not go together, such as heads that do not divide the width,
-            `usage` of a model without tables, or an anchor that is another model.
+            `usage` of a model without tables, or `init_from` a model that does not fit.
     """
     chosen = options(config)
     with blaming("task"):
@@ -73,9 +73,9 @@ def prepare(config: Config, *, resumed: bool = False) -> Prepared:
         model = build_model(config, task)
         costs = budget(model, task.seq_len)
     check_model(model, task, chosen)
-    anchor = None
+    initial = None
     if chosen.init_from is not None and not resumed:
-        anchor = init_from(chosen.init_from, model, task)
+        initial = init_from(chosen.init_from, model, task)
     if chosen.train_only == "bank":
         freeze_all_but_bank(model)
     with blaming("optimizer"):
@@ -90,7 +90,7 @@ def prepare(config: Config, *, resumed: bool = False) -> Prepared:
         task.trainer = trainer
         task.setup("fit")  # which compares what it counts with what the trainer will draw
     task.trainer = None
-    return Prepared(config, task, model, costs, anchor)
+    return Prepared(config, task, model, costs, initial)
 
 
 def build_model(config: Config, task: Task) -> LanguageModel:
@@ -193,10 +193,10 @@ def _record_start(prepared: Prepared, run: RunDirectory, resume_step: int) -> No
 
 def _start(prepared: Prepared) -> dict[str, Any]:
     """For the summary: whose weights were there before, and which were trained; often nothing."""
-    anchor, only = prepared.anchor, options(prepared.config).train_only
+    initial, only = prepared.initial, options(prepared.config).train_only
     facts: dict[str, Any] = {} if only is None else {"train_only": only}
-    if anchor is not None:
-        facts["init_from"] = {"checkpoint": str(anchor.path), "step": anchor.step}
+    if initial is not None:
+        facts["init_from"] = {"checkpoint": str(initial.path), "step": initial.step}
     return facts
 
 

@@ -1,8 +1,8 @@
 """What a block of a memory bank is made of, and what a layer does with it.
 
-B sequences, T tokens, D width, F hidden width of the anchor, R units of a fetched path, W numbers
-of a unit. A unit is a hidden unit of a feed-forward, a rank of LoRA or a slot of keys and values;
-blocks of several levels are one block with the units of all.
+B sequences, T tokens, D width, F hidden width of the base model, R units of a fetched path, W
+numbers of a unit. A unit is a hidden unit of a feed-forward, a rank of LoRA or a slot of keys and
+values; blocks of several levels are one block with the units of all.
 """
 
 from collections.abc import Callable

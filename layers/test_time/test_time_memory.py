@@ -70,7 +70,7 @@ class TestTimeState(NamedTuple):
 
 @register(
     default={"heads": 2},
-    linear={"heads": 2, "memory": Matrix(), "learner": Learner(anchor="token")},
+    linear={"heads": 2, "memory": Matrix(), "learner": Learner(gradient_reference="token")},
     deep={
         "heads": 1,
         "memory": MLP(depth=3, expand=1, activation="silu"),
@@ -172,7 +172,8 @@ class TestTimeMemory(Memory):
         forget_gate: how it forgets; default a gate per head.
         learner: how it learns; default momentum and a step of at most 0.5.
         chunk_size: C, tokens whose gradients are taken at the same weights; default 16. It belongs
-            to the function, except with `learner.anchor="token"`. Chunks stand at absolute places.
+            to the function, except with `learner.gradient_reference="token"`. Chunks stand at
+            absolute places.
         read_before: read the weights of the chunk's start, not the token's own; default False.
         features: how q, k and v are made.
         readout: norm and gate of what is read; default RMSNorm per head and a gate.
@@ -225,7 +226,7 @@ class TestTimeMemory(Memory):
             chunk=chunk_size,
             update=learner.update,
             decay=forget_gate.gate,
-            anchor=learner.anchor,
+            gradient_reference=learner.gradient_reference,
             momentum=learner.momentum,
             orthogonal=learner.orthogonal,
             outer_lr=learner.outer_lr,
@@ -308,7 +309,7 @@ class TestTimeMemory(Memory):
     def state_size(self, seq_len: int) -> int:
         """Constant, but for the window's tokens at the start."""
         weights = sum(w.numel() for w in self.initial)
-        copies = 1 + self.rule.keeps_anchor + self.rule.momentum + self.rule.keeps_pending
+        copies = 1 + self.rule.keeps_reference + self.rule.momentum + self.rule.keeps_pending
         sums = 3 * self.heads if self.rule.update == "chunk" else 0
         width = self.features.width(self.key_dim) + self.value_dim
         recent = min(seq_len, self.rule.window - 1) * self.heads * width

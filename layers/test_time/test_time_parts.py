@@ -89,7 +89,7 @@ class Learner:
         momentum: eta_t = sigmoid(w . x_t + b) per head; default True.
         momentum_bias: its b; default 0.
         update: "token" (default), "average" or "chunk"; see `mneme.ops.test_time.Rule`.
-        anchor: "chunk" (default) or "token": where gradients are taken.
+        gradient_reference: "chunk" (default) or "token": where gradients are taken.
         window: c, tokens whose loss each step reduces, weighted by learned gates; default 1.
         orthogonal: Newton-Schulz on each update (update="chunk" only): True, with Muon's
             coefficients; "scheduled", with LaCT's, which differ from step to step; default False.
@@ -102,7 +102,7 @@ class Learner:
     momentum: bool = True
     momentum_bias: float = 0.0
     update: Literal["token", "average", "chunk"] = "token"
-    anchor: Literal["chunk", "token"] = "chunk"
+    gradient_reference: Literal["chunk", "token"] = "chunk"
     window: int = 1
     orthogonal: Orthogonal = False
     outer_lr: bool = False
@@ -118,7 +118,7 @@ class Learner:
         """`max_inner_lr`, or its default for a memory."""
         if self.max_inner_lr is not None:
             return self.max_inner_lr
-        if self.anchor == "token":
+        if self.gradient_reference == "token":
             return 1.0
         if not memory.norm:
             return 1.0 / chunk_size

@@ -11,7 +11,7 @@ from mneme.models.bank.edit import (
     replace_blocks,
 )
 from mneme.models.bank.errors import BankError
-from mneme.models.bank.hashing import anchor_hash
+from mneme.models.bank.hashing import model_hash
 from mneme.models.bank.layout import LevelLayout
 from mneme.models.bank.level_file import LevelFile
 from mneme.models.bank.manifest import Manifest, open_levels, read_manifest, verify_bank

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mneme.layers.bank.bank_blocks import unit_width
 from mneme.layers.bank.memory_bank import Bank, BankOptions, BankShape, MemoryBank
 from mneme.models.bank.feed_forwards import common_width, decoder_layers, gated_feed_forwards
-from mneme.models.bank.hashing import anchor_hash
+from mneme.models.bank.hashing import model_hash
 from mneme.models.bank.layout import Dtype
 from mneme.models.bank.manifest import Manifest
 from mneme.models.bank.widening import (
@@ -36,25 +36,25 @@ class AttachedBank(nn.Module):
 
         y = down(act(gate x) * (up x)) + M3 (act(M1 x) * (M2 x))
 
-    with the activation `act` of the model, called the anchor. M1, M2 and M3 are the blocks on the
-    way to the leaf of the sequence (`mneme.layers.bank.hierarchical_ffn`). This is how arXiv
+    with the activation `act` of the model, called the base model. M1, M2 and M3 are the blocks on
+    the way to the leaf of the sequence (`mneme.layers.bank.hierarchical_ffn`). This is how arXiv
     2510.02375 adds knowledge to open weights. A new bank changes no logit, as its M3 are zero.
 
-    The anchor keeps its class, its parameters and their names, and without a route it computes what
-    it did before: blocks come in through hooks, for the calls below and inside of `routed`. What
-    was fetched belongs to a call, not to a module. Threads and tasks do not see each other's, and
-    a thread that is started inside of `routed` sees none.
+    The base model keeps its class, its parameters and their names, and without a route it computes
+    what it did before: blocks come in through hooks, for the calls below and inside of
+    `routed`. What was fetched belongs to a call, not to a module. Threads and tasks do not see each
+    other's, and a thread that is started inside of `routed` sees none.
 
     In training mode the bank replaces some routes by the generic block (`BankOptions`).
 
     Args:
-        anchor: a language model of transformers.
+        base_model: a language model of transformers.
         bank: of the kind "ffn", for this width and number of layers; moved to the model's device.
         layers: which layers of the decoder read it, from 0; None for all.
         freeze: gradients reach the bank only.
 
     Attributes:
-        anchor: the model itself. Call it for what it does without the bank.
+        base_model: the model itself. Call it for what it does without the bank.
         bank: what is trained and saved. Give it, or all of this, to `mneme.models.make_optimizer`.
         layers: those that are widened, in the order of the bank's places.
 
@@ -62,23 +62,23 @@ class AttachedBank(nn.Module):
         ValueError: the model has no such feed-forwards, or the bank does not fit them.
     """
 
-    anchor: Any
+    base_model: Any
     bank: Bank
 
     def __init__(
         self,
-        anchor: nn.Module,
+        base_model: nn.Module,
         bank: Bank,
         *,
         layers: Sequence[int] | None = None,
         freeze: bool = True,
     ) -> None:
         super().__init__()
-        found = gated_feed_forwards(anchor, layers)
+        found = gated_feed_forwards(base_model, layers)
         _require_fit(bank.shape, len(found), common_width(found))
-        self.anchor, self.layers = anchor, tuple(found)
-        self.bank = bank.to(self.anchor.device)
-        self._frozen = [p for p in anchor.parameters() if p.requires_grad and freeze]
+        self.base_model, self.layers = base_model, tuple(found)
+        self.bank = bank.to(self.base_model.device)
+        self._frozen = [p for p in base_model.parameters() if p.requires_grad and freeze]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
         self._key = object()
@@ -86,27 +86,27 @@ class AttachedBank(nn.Module):
 
     @contextmanager
     def routed(self, route: Int[Tensor, " b"]) -> Iterator[None]:
-        """Widens the anchor, for calls on B sequences inside of the `with`.
+        """Widens the base model, for calls on B sequences inside of the `with`.
 
         Args:
             route: a leaf for each sequence, or -1 for the generic block.
 
         Raises:
-            ValueError: there is no such leaf, the bank was detached, or the anchor recomputes
-                activations without `enable_checkpointing`. A call of the anchor raises it for
+            ValueError: there is no such leaf, the bank was detached, or the base model recomputes
+                activations without `enable_checkpointing`. A call of the base model raises it for
                 another number of sequences.
         """
         with self._widened(route, repeats=False):
             yield
 
     def forward(self, *inputs: Any, route: Int[Tensor, " b"], **options: Any) -> Any:
-        """What the anchor returns for these arguments, its feed-forwards widened."""
+        """What the base model returns for these arguments, its feed-forwards widened."""
         with self.routed(route):
-            return self.anchor(*inputs, **options)
+            return self.base_model(*inputs, **options)
 
     @torch.no_grad()
     def generate(self, *inputs: Any, route: Int[Tensor, " b"], **options: Any) -> Any:
-        """The anchor's `generate`, widened: beams and several answers share their prompt's blocks.
+        """The base model's `generate`, widened: beams and answers share their prompt's blocks.
 
         Put the bank in eval mode first, or some prompts get the generic block.
 
@@ -118,21 +118,21 @@ class AttachedBank(nn.Module):
         if prompt is not None and len(prompt) != len(route):
             raise ValueError(f"{len(prompt)} prompts and {len(route)} routes: give one for each")
         with self._widened(route, repeats=True):
-            return self.anchor.generate(*inputs, **options)
+            return self.base_model.generate(*inputs, **options)
 
     def enable_checkpointing(self) -> None:
         """Recomputes activations in backward, to save memory, with the blocks of the forward pass.
 
-        That is, while the anchor is in training mode. Its own `activation_checkpointing_enable`
+        That is, while the base model is in training mode. Its own `activation_checkpointing_enable`
         would recompute after `routed` has ended, and therefore without blocks.
         """
         options = {"use_reentrant": False, "context_fn": checkpoint_contexts}
-        self.anchor.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        self.base_model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
 
     def save(
         self, folder: Path, *, router: str | None = None, dtype: Dtype = "float32"
     ) -> Manifest:
-        """Writes the bank; not the anchor, which is named by the hash of its weights as they are.
+        """Writes the bank, which names the base model by the hash of its weights as they are.
 
         Args:
             folder: see `write_bank`, as for its errors.
@@ -151,18 +151,18 @@ class AttachedBank(nn.Module):
             bank.records,
             dtype=dtype,
             router=router,
-            anchor=anchor_hash(self.anchor),
+            base_model=model_hash(self.base_model),
             facts={"layers": self.layers, "options": asdict(bank.options)},
         )
 
     def detach(self) -> nn.Module:
-        """Takes the bank off again; returns the anchor, as trainable as it was."""
+        """Takes the bank off again; returns the base model, as trainable as it was."""
         for hook in self._hooks:
             hook.remove()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._hooks, self._frozen = [], []
-        return self.anchor
+        return self.base_model
 
     def extra_repr(self) -> str:
         """The widened layers, for `print`."""
@@ -171,9 +171,9 @@ class AttachedBank(nn.Module):
     def _widened(self, route: Tensor, *, repeats: bool) -> AbstractContextManager[None]:
         if not self._hooks:
             raise ValueError("this bank was detached from its model; attach it again")
-        if self.anchor.training and torch.is_grad_enabled():
-            require_checkpoints_read_blocks(decoder_layers(self.anchor))
-        blocks = self.bank.fetch(route.to(self.bank.generic.device)).to(self.anchor.dtype)
+        if self.base_model.training and torch.is_grad_enabled():
+            require_checkpoints_read_blocks(decoder_layers(self.base_model))
+        blocks = self.bank.fetch(route.to(self.bank.generic.device)).to(self.base_model.dtype)
         return reading(self._key, Widening(blocks.unbind(1), repeats))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from mneme.layers.bank.memory_bank import BankOptions, MemoryBank
 from mneme.models.bank.attach import AttachedBank
 from mneme.models.bank.errors import BankError
-from mneme.models.bank.hashing import anchor_hash
+from mneme.models.bank.hashing import model_hash
 from mneme.models.bank.manifest import Manifest, open_levels
 from mneme.models.bank.reading import Read
 from mneme.models.bank.stored import CACHE_BYTES, StoredBank
@@ -30,7 +30,7 @@ def attach_saved(
     Raises:
         BankError: there is no such bank, it is damaged, or is of another model or router.
     """
-    manifest, files = open_levels(folder, router=router, anchor=anchor_hash(model))
+    manifest, files = open_levels(folder, router=router, base_model=model_hash(model))
     shape, layers = manifest.shape, _fact(manifest, "layers", folder)
     options = _fact(manifest, "options", folder)
     options = BankOptions(**{**options, "hidden": tuple(options["hidden"])})
@@ -66,12 +66,12 @@ def attach_stored(
     bank = StoredBank(
         folder,
         router=router,
-        anchor=anchor_hash(model),
+        base_model=model_hash(model),
         cache_bytes=cache_bytes,
         read=read,
     )
     attached = AttachedBank(model, bank, layers=_fact(bank.manifest, "layers", folder))
-    bank.to(attached.anchor.dtype)
+    bank.to(attached.base_model.dtype)
     return attached
 
 

@@ -114,8 +114,8 @@ def merge_banks(
 ) -> Manifest:
     """Writes a bank whose subtrees were trained apart.
 
-    Runs that train one subtree each, with the same anchor, change no block of another's. So a bank
-    can be trained in parts, and a part trained again.
+    Runs that train one subtree each, with the same base model, change no block of another's. So a
+    bank can be trained in parts, and a part trained again.
 
     Args:
         folders_by_child: for each node of level 1, the bank that has its subtree.
@@ -124,8 +124,8 @@ def merge_banks(
         facts: kept with the new bank.
 
     Raises:
-        BankError: a child is missing, the banks differ in shape, dtype, router or anchor, a block
-            is damaged, or as `write_bank`.
+        BankError: a child is missing, the banks differ in shape, dtype, router or base model, a
+            block is damaged, or as `write_bank`.
     """
     banks = {child: open_levels(folder) for child, folder in folders_by_child.items()}
     if generic not in banks:
@@ -142,7 +142,7 @@ def merge_banks(
         lambda level: _merged(files, generic, level),
         dtype=first.dtype,
         router=first.router,
-        anchor=first.anchor,
+        base_model=first.base_model,
         facts=facts,
     )
 
@@ -164,7 +164,7 @@ def _require_alike(
     folders: Mapping[int, Path], manifests: Mapping[int, Manifest], first: int
 ) -> None:
     for child, manifest in manifests.items():
-        for name in ("shape", "dtype", "router", "anchor"):
+        for name in ("shape", "dtype", "router", "base_model"):
             ours, other = getattr(manifests[first], name), getattr(manifest, name)
             if ours != other:
                 raise BankError(

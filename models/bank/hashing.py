@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 
-def anchor_hash(module: nn.Module, leave_out: Collection[str] = ("bank",)) -> str:
+def model_hash(module: nn.Module, leave_out: Collection[str] = ("bank",)) -> str:
     """SHA-256 of a model's weights: names, dtypes, shapes and bytes, in the order of names.
 
     It is the same after saving and loading, on any device. Another name of the same module gives
@@ -16,7 +16,7 @@ def anchor_hash(module: nn.Module, leave_out: Collection[str] = ("bank",)) -> st
     Args:
         module: its parameters and persistent buffers count, and no other state.
         leave_out: parts of dotted names. What has one of them is left out: the bank, above all,
-            which is what the anchor is the rest of.
+            which is what the base model is the rest of.
 
     Returns:
         64 hexadecimal digits.

@@ -48,7 +48,7 @@ class LevelLayout:
         shape: of the bank.
         dtype: of stored numbers.
         router: hash of the router whose leaves these blocks were trained for, if known.
-        anchor: hash of the model that was trained with them, if known.
+        base_model: hash of the model that was trained with them, if known.
         generation: which write of the bank this is.
 
     Raises:
@@ -59,7 +59,7 @@ class LevelLayout:
     shape: BankShape
     dtype: Dtype
     router: str | None
-    anchor: str | None
+    base_model: str | None
     generation: int
 
     def __post_init__(self) -> None:
@@ -169,7 +169,7 @@ class LevelLayout:
             ValueError: sizes do not follow from the fields.
             KeyError, TypeError: fields are missing, or of another kind.
         """
-        names = ("level", "dtype", "router", "anchor", "generation")
+        names = ("level", "dtype", "router", "base_model", "generation")
         fields = {name: found[name] for name in names}
         layout = cls(shape=shape_from_json(found["shape"]), **fields)
         for name, value in layout.to_json().items():

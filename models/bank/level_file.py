@@ -147,7 +147,7 @@ def header(layout: LevelLayout) -> bytes:
     if len(fields) + WORD > PAGE:
         raise BankError(
             f"the header of {layout.file_name} needs {len(fields) + WORD:,} bytes and may have "
-            f"{PAGE:,}; give shorter hashes of router and anchor"
+            f"{PAGE:,}; give shorter hashes of router and base model"
         )
     return (fields + _checksum(fields)).ljust(PAGE, b"\0")
 

@@ -32,7 +32,7 @@ class Manifest:
         shape: sizes.
         dtype: of stored numbers.
         router: hash of the router whose leaves the blocks were trained for; None if not known.
-        anchor: hash of the model that was trained with them; None if not known.
+        base_model: hash of the model that was trained with them; None if not known.
         facts: of the caller, such as `{"step": 500}`; what JSON can hold.
     """
 
@@ -40,7 +40,7 @@ class Manifest:
     shape: BankShape
     dtype: Dtype
     router: str | None
-    anchor: str | None
+    base_model: str | None
     facts: dict[str, Any]
 
     @property
@@ -50,7 +50,9 @@ class Manifest:
 
     def layout(self, level: int) -> LevelLayout:
         """Where the blocks of a level lie in its file."""
-        return LevelLayout(level, self.shape, self.dtype, self.router, self.anchor, self.generation)
+        return LevelLayout(
+            level, self.shape, self.dtype, self.router, self.base_model, self.generation
+        )
 
     def to_bytes(self) -> bytes:
         """The file: JSON, with the files of all levels and a checksum of all other entries."""
@@ -71,7 +73,7 @@ class Manifest:
             require_version(path, fields)
             if fields.pop("checksum") != _checksum(fields):
                 raise ValueError("its checksum is not that of its entries")
-            names = ("generation", "dtype", "router", "anchor", "facts")
+            names = ("generation", "dtype", "router", "base_model", "facts")
             given = {name: fields[name] for name in names}
             return cls(shape=shape_from_json(fields["shape"]), **given)
         except BankError:
@@ -83,18 +85,18 @@ class Manifest:
 
 
 def read_manifest(
-    folder: Path, *, router: str | None = None, anchor: str | None = None
+    folder: Path, *, router: str | None = None, base_model: str | None = None
 ) -> Manifest:
     """What a bank holds. Completes an edit of it that a crash cut short (`mneme.models.bank.edit`).
 
     Args:
         folder: of the bank.
         router: hash of the router that will choose blocks; None does not compare.
-        anchor: hash of the model that will use them; None does not compare.
+        base_model: hash of the model that will use them; None does not compare.
 
     Raises:
         BankError: there is no bank, its manifest is damaged or of another version, or it was
-            written for another router or anchor.
+            written for another router or base model.
     """
     complete_edit(folder)
     path = folder / MANIFEST
@@ -106,7 +108,9 @@ def read_manifest(
         raise BankError(f"cannot read {path}: {error.strerror}") from error
     manifest = Manifest.from_bytes(path, data)
     _require_hash(folder, "router", manifest.router, router, "route with that router")
-    _require_hash(folder, "anchor", manifest.anchor, anchor, "use the weights of that anchor")
+    _require_hash(
+        folder, "base model", manifest.base_model, base_model, "use the weights of that base model"
+    )
     return manifest
 
 
@@ -129,7 +133,7 @@ def open_level(folder: Path, manifest: Manifest, level: int) -> LevelFile:
 
 
 def open_levels(
-    folder: Path, *, router: str | None = None, anchor: str | None = None
+    folder: Path, *, router: str | None = None, base_model: str | None = None
 ) -> tuple[Manifest, dict[int, LevelFile]]:
     """A bank's manifest and the files of all its levels; as `read_manifest` otherwise.
 
@@ -140,7 +144,7 @@ def open_levels(
     """
 
     def attempt() -> tuple[Manifest, dict[int, LevelFile]]:
-        manifest = read_manifest(folder, router=router, anchor=anchor)
+        manifest = read_manifest(folder, router=router, base_model=base_model)
         return manifest, {level: open_level(folder, manifest, level) for level in manifest.levels}
 
     return retrying(folder, attempt)

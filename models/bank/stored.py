@@ -44,7 +44,7 @@ class StoredBank(Bank):
     Args:
         folder: what `write_bank` wrote.
         router: hash of the router that gives the routes; None does not compare.
-        anchor: hash of the model that uses the blocks; None does not compare.
+        base_model: hash of the model that uses the blocks; None does not compare.
         cache_bytes: what is kept of all levels together, or of each level by its number; levels
             that are not named keep nothing. Default 256 MiB together.
         read: how files are read, see `mneme.models.bank.reading`; "auto" measures for each file
@@ -56,8 +56,8 @@ class StoredBank(Bank):
         ways: how the file of each level is read.
 
     Raises:
-        BankError: the folder holds no bank, it was written for another router or anchor, a file is
-            damaged, or the way of reading is not possible.
+        BankError: the folder holds no bank, it was written for another router or base model, a file
+            is damaged, or the way of reading is not possible.
         ValueError: a cache is below zero or for a level without blocks, or `read` is no way.
     """
 
@@ -66,7 +66,7 @@ class StoredBank(Bank):
         folder: Path,
         *,
         router: str | None = None,
-        anchor: str | None = None,
+        base_model: str | None = None,
         cache_bytes: int | Mapping[int, int] = CACHE_BYTES,
         read: Read = "auto",
         dtype: torch.dtype = torch.float32,
@@ -74,7 +74,7 @@ class StoredBank(Bank):
         memory = Buffers()
 
         def attempt() -> tuple[Manifest, Tensor, Records]:
-            manifest, files = open_levels(folder, router=router, anchor=anchor)
+            manifest, files = open_levels(folder, router=router, base_model=base_model)
             generic = files.pop(0).read(0).to(dtype)
             caches = _caches(manifest.shape.levels, cache_bytes)
             return manifest, generic, Records(files, read=read, caches=caches, buffers=memory)

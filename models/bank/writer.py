@@ -38,7 +38,7 @@ def write_bank(
     *,
     dtype: Dtype,
     router: str | None = None,
-    anchor: str | None = None,
+    base_model: str | None = None,
     facts: dict[str, Any] | None = None,
 ) -> Manifest:
     """Writes a bank, in the place of the one that the folder has.
@@ -54,7 +54,7 @@ def write_bank(
             level 0, the generic block, and for each level that has units.
         dtype: in which numbers are stored; the records may have another.
         router: hash of the router whose leaves the blocks were trained for.
-        anchor: hash of the model that was trained with them, see `anchor_hash`.
+        base_model: hash of the model that was trained with them, see `model_hash`.
         facts: kept with the bank; what JSON can hold.
 
     Raises:
@@ -72,7 +72,7 @@ def write_bank(
             apply_journal(folder)
         older = _in_use(folder)
         generation = max(_generations(folder).values(), default=0) + 1
-        manifest = Manifest(generation, shape, dtype, router, anchor, kept_facts)
+        manifest = Manifest(generation, shape, dtype, router, base_model, kept_facts)
         _remove_all_but(folder, older)
         try:
             for level in manifest.levels:

@@ -88,7 +88,7 @@ def recall(q: Tensor, state: FastWeights, *, rule: Rule, slow: Slow | None = Non
 
 def _standing(state: FastWeights, rule: Rule, slow: Slow) -> tuple[Tensor, ...]:
     """The weights of the last token's place."""
-    start = state.anchor or state.weights
+    start = state.reference or state.weights
     if rule.read_before:
         return tuple(rule.boundary.view(w) for w in start)
     if rule.update == "average" and state.offset.shape[1]:

@@ -122,7 +122,7 @@ class _Call:
     def carried(self) -> Carried:
         """The state before, a row per memory."""
         s = self.state
-        groups = (s.weights, s.anchor or s.weights, s.momentum, s.pending, s.sums)
+        groups = (s.weights, s.reference or s.weights, s.momentum, s.pending, s.sums)
         return Carried(*(tuple(x.flatten(0, 1) for x in group) for group in groups))
 
     def state_after(self, carried: Carried) -> FastWeights:
@@ -133,9 +133,9 @@ class _Call:
         tail = self.rule.window - 1
         recent = tuple(x[:, max(0, x.shape[1] - tail) :] for x in self._recent_and_now() if tail)
         place = (self.offset + self.k.shape[1]) % self.rule.chunk
-        anchor = start if self.state.anchor else ()
+        reference = start if self.state.reference else ()
         offset = weights[0].new_empty(batch, place, 0)
-        return FastWeights(weights, anchor, momentum, pending, sums, recent, offset)
+        return FastWeights(weights, reference, momentum, pending, sums, recent, offset)
 
     def runs(self) -> Iterator[Tiles]:
         """The tokens in runs of chunks, in order."""

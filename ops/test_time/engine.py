@@ -105,7 +105,7 @@ class Engine:
     def run(self, tiles: Tiles, carried: Carried) -> tuple[Tensor, Tensor | None, Carried]:
         """Reads `[N, M, C, V]`, surprise `[N, M, C]` if watched, and the state after."""
         mix, chunks = mixing(self.rule, tiles.gates, tiles.position), []
-        solve = corrections(mix, tiles.k) if self.rule.anchor == "token" else None
+        solve = corrections(mix, tiles.k) if self.rule.gradient_reference == "token" else None
         for here in _unbound(_Here(tiles.k, tiles.v, tiles.gates, mix, solve)):
             chunk = self._learnt(here, carried, tiles.begun)
             chunks.append(chunk)
@@ -119,9 +119,9 @@ class Engine:
     def _learnt(self, here: _Here, carried: Carried, begun: bool) -> _Chunk:
         """Gradients of one chunk's tokens, and what its tokens read from."""
         rule, (k, v, _, mix, solve) = self.rule, here
-        anchor = _each(rule.boundary.view, carried.start)
+        reference = _each(rule.boundary.view, carried.start)
         if solve is None:
-            gradients = self._gradients(anchor, here)
+            gradients = self._gradients(reference, here)
         else:
             (w,) = carried.weights
             errors = errors_in_turn(k, v, w, carried.momentum, mix, solve, self.mm)
@@ -130,28 +130,28 @@ class Engine:
         reads_own = rule.update == "token" and not rule.read_before
         return _Chunk(
             *self._folded(gradients, mix),
-            weights=carried.weights if reads_own else anchor,
+            weights=carried.weights if reads_own else reference,
             added=self._added(carried, begun) if not rule.read_before else (),
             scales=scales if reads_own else (),
-            surprise=(self._surprise(gradients, anchor, here),) if self.watched else (),
+            surprise=(self._surprise(gradients, reference, here),) if self.watched else (),
             starts=carried.start if rule.memory.tangent else (),
         )
 
-    def _gradients(self, anchor: Maps, here: _Here) -> Gradients:
+    def _gradients(self, reference: Maps, here: _Here) -> Gradients:
         """Gradients of a chunk's tokens at the weights of its start."""
         k, v, delta = here.k, here.v, here.gates.delta
 
         def error(prediction: Tensor) -> Tensor:
             return self.rule.objective.error(prediction, v, delta)
 
-        return self.rule.memory.gradients(anchor, k, v, self.head, error, self.mm)
+        return self.rule.memory.gradients(reference, k, v, self.head, error, self.mm)
 
-    def _surprise(self, gradients: Gradients, anchor: Maps, here: _Here) -> Tensor:
+    def _surprise(self, gradients: Gradients, reference: Maps, here: _Here) -> Tensor:
         """Norm of each token's inner gradient over all maps, `[M, C]`."""
         pairs = zip(gradients.inputs, gradients.deltas, strict=True)
         squares = [x.square().sum(-1) * d.square().sum(-1) for x, d in pairs]
         if self.rule.memory.tangent:
-            along = gradients.inputs[0] * self.mm(gradients.deltas[0], anchor[0].mT)
+            along = gradients.inputs[0] * self.mm(gradients.deltas[0], reference[0].mT)
             squares.append(-along.square().sum(-1))
         return torch.stack(squares).sum(0).clamp(min=0).sqrt()[:, -here.gates.step.shape[1] :]
 

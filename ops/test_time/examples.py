@@ -36,9 +36,11 @@ REGIMES: dict[str, Regime] = {
     "zero_step": Regime(Rule(), still=True),
     "chunk_of_one": Regime(Rule(chunk=1, momentum=False)),
     "matrix": Regime(Rule(memory=Matrix())),
-    "exact": Regime(Rule(memory=Matrix(), anchor="token")),
-    "exact_no_momentum": Regime(Rule(memory=Matrix(), anchor="token", momentum=False, chunk=6)),
-    "exact_strong_decay": Regime(Rule(memory=Matrix(), anchor="token"), bias=10.0),
+    "exact": Regime(Rule(memory=Matrix(), gradient_reference="token")),
+    "exact_no_momentum": Regime(
+        Rule(memory=Matrix(), gradient_reference="token", momentum=False, chunk=6)
+    ),
+    "exact_strong_decay": Regime(Rule(memory=Matrix(), gradient_reference="token"), bias=10.0),
     "linear_attention": Regime(
         Rule(memory=Matrix(), objective=DotProduct(), momentum=False, decay="none")
     ),

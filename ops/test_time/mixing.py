@@ -1,8 +1,8 @@
 """From the gates of a chunk to the numbers that mix its tokens.
 
-With gradients u_j taken at one anchor, everything a token does to the weights of later tokens is
-linear, and one lower triangular matrix per memory holds it: `G[t, j]` is the weight of token j's
-gradient in the weights that token t reads. No weight tensor is ever scanned.
+With gradients u_j taken at one reference point, everything a token does to the weights of later
+tokens is linear, and one lower triangular matrix per memory holds it: `G[t, j]` is the weight of
+token j's gradient in the weights that token t reads. No weight tensor is ever scanned.
 
 Shapes: N chunks, M = B * H memories, C tokens of a chunk, R = c - 1 + C rows of keys (the last
 c - 1 tokens before the chunk first, where the objective has a window of c).

@@ -35,7 +35,8 @@ def memorize_naive(
     """Read a memory that learns, token by token, to map keys to values.
 
     With `u(A; i)` the gradient of the objective of token i with respect to the fast weights, at A,
-    the anchor: the weights at the chunk's start, or (`rule.anchor == "token"`) before the token.
+    the reference: the weights at the chunk's start, or (`rule.gradient_reference == "token"`)
+        before the token.
 
     `rule.update == "token"` (Titans, arXiv 2501.00663; window of c: Atlas, arXiv 2505.23735):
 
@@ -93,7 +94,7 @@ class _Loop:
         if slow.gain is not None and slow.bias is not None:
             self.head = Head(slow.gain[:, None], slow.bias[:, None])
         self.weights, self.momentum, self.pending = state.weights, state.momentum, state.pending
-        self.start = state.anchor or state.weights  # the weights at the chunk's start
+        self.start = state.reference or state.weights  # the weights at the chunk's start
         self.sums, self.place = state.sums, state.offset.shape[1]
         tokens = (x.transpose(1, 2).unbind(2) for x in state.recent)
         self.recent = [(k[:, :, None], v[:, :, None]) for k, v in zip(*tokens, strict=True)]
@@ -117,7 +118,7 @@ class _Loop:
         tokens = [torch.cat(x, 2).transpose(1, 2) for x in zip(*recent, strict=True)]
         return FastWeights(
             weights=self.weights,
-            anchor=self.start if self.like.anchor else (),
+            reference=self.start if self.like.reference else (),
             momentum=self.momentum,
             pending=self.pending,
             sums=self.sums,
@@ -133,28 +134,28 @@ class _Loop:
 
     def _gradient(self, gates: Gates) -> Weights:
         """theta_t sum_i gamma_{t,i} u(A; i)."""
-        anchor = self.weights if self.rule.anchor == "token" else self._view()
-        total: Weights = tuple(torch.zeros_like(w) for w in anchor)
+        reference = self.weights if self.rule.gradient_reference == "token" else self._view()
+        total: Weights = tuple(torch.zeros_like(w) for w in reference)
         for lag, (k, v) in enumerate(reversed(self.recent)):
             share = None if gates.window is None else gates.window[..., lag, None, None]
-            inner = self._inner_gradient(anchor, k, v, gates)
+            inner = self._inner_gradient(reference, k, v, gates)
             total = tuple(
                 a + (u if share is None else share * u) for a, u in zip(total, inner, strict=True)
             )
         steps = gates.step[..., None, None].expand(*gates.step.shape[:2], len(total), 1, 1)
         return tuple(steps[:, :, i] * u for i, u in enumerate(total))
 
-    def _inner_gradient(self, anchor: Weights, k: Tensor, v: Tensor, gates: Gates) -> Weights:
+    def _inner_gradient(self, reference: Weights, k: Tensor, v: Tensor, gates: Gates) -> Weights:
         delta = None if gates.delta is None else gates.delta[..., None]
-        outer = torch.is_grad_enabled() and any(x.requires_grad for x in (*anchor, k, v))
+        outer = torch.is_grad_enabled() and any(x.requires_grad for x in (*reference, k, v))
         with torch.enable_grad():
-            leaves = tuple(w if w.requires_grad else w.detach().requires_grad_() for w in anchor)
+            leaves = tuple(w if w.requires_grad else w.detach().requires_grad_() for w in reference)
             predicted, error = self._prediction(leaves, k, v, delta)
             inner = torch.autograd.grad(predicted, leaves, error, create_graph=outer)
         if not self.rule.memory.tangent:
             return inner
         return tuple(
-            u - (u * p).sum(-1, keepdim=True) * p for u, p in zip(inner, anchor, strict=True)
+            u - (u * p).sum(-1, keepdim=True) * p for u, p in zip(inner, reference, strict=True)
         )
 
     def _prediction(

@@ -55,8 +55,8 @@ class FastWeights(NamedTuple):
 
     Attributes:
         weights: `[B, H, in, out]`, where the tokens so far have brought them.
-        anchor: the weights at the chunk's start, where gradients are taken; empty if the rule needs
-            no copy of them.
+        reference: the weights at the chunk's start, where gradients are taken; empty if the rule
+            needs no copy of them.
         momentum: `[B, H, in, out]`; empty without momentum.
         pending: sum of this chunk's steps, for rules that apply it at the chunk's end.
         sums: `[B, H, 3]`, sums over this chunk of log keep, momentum and step, for the same.
@@ -67,7 +67,7 @@ class FastWeights(NamedTuple):
     """
 
     weights: tuple[Tensor, ...]
-    anchor: tuple[Tensor, ...]
+    reference: tuple[Tensor, ...]
     momentum: tuple[Tensor, ...]
     pending: tuple[Tensor, ...]
     sums: tuple[Tensor, ...]
@@ -76,7 +76,7 @@ class FastWeights(NamedTuple):
 
 
 Update = Literal["token", "average", "chunk"]
-Anchor = Literal["chunk", "token"]
+GradientReference = Literal["chunk", "token"]
 Decay = Literal["none", "head", "channel"]
 
 
@@ -94,8 +94,8 @@ class Rule:
             "chunk": one step per chunk.
         decay: what `Gates.log_keep` is given for: "head", one per memory; "channel", one per value
             channel, acting on the inputs of the first map and the outputs of the last; "none".
-        anchor: "chunk", gradients at the chunk's start; "token", at the weights before the token
-            (matrix memories with squared error only), where C is a tiling choice.
+        gradient_reference: "chunk", gradients at the chunk's start; "token", at the weights before
+            the token (matrix memories with squared error only), where C is a tiling choice.
         momentum: whether updates accumulate in a momentum.
         orthogonal: Newton-Schulz on each update (update="chunk" only); see `newton_schulz` for what
             True and "scheduled" are.
@@ -111,7 +111,7 @@ class Rule:
     chunk: int = 16
     update: Update = "token"
     decay: Decay = "head"
-    anchor: Anchor = "chunk"
+    gradient_reference: GradientReference = "chunk"
     momentum: bool = True
     orthogonal: Orthogonal = False
     outer_lr: bool = False
@@ -126,14 +126,14 @@ class Rule:
         """
         require_one_of(get_args(Update), update=self.update)
         require_one_of(get_args(Decay), decay=self.decay)
-        require_one_of(get_args(Anchor), anchor=self.anchor)
+        require_one_of(get_args(GradientReference), gradient_reference=self.gradient_reference)
         require_one_of((True, False, "scheduled"), orthogonal=self.orthogonal)
         for wrong, message in self._conflicts():
             if wrong:
                 raise ValueError(message)
 
     def _conflicts(self) -> list[tuple[bool, str]]:
-        exact, chunkwise = self.anchor == "token", self.update == "chunk"
+        exact, chunkwise = self.gradient_reference == "token", self.update == "chunk"
         plain = self.memory.matrix and isinstance(self.objective, SquaredError)
         simple = self.update == "token" and self.window == 1 and not self.read_before
         linear = chunkwise or self.read_before or self.boundary.linear_inside
@@ -146,11 +146,14 @@ class Rule:
         return [
             (self.chunk < 1, f"chunk must be 1 or more, got {self.chunk}"),
             (self.window < 1, f"window must be 1 or more, got {self.window}"),
-            (exact and not plain, "anchor='token' needs a matrix memory and the squared error"),
+            (
+                exact and not plain,
+                "gradient_reference='token' needs a matrix memory and the squared error",
+            ),
             (
                 exact and not (simple and type(self.boundary) is Boundary),
-                "anchor='token' needs update='token', window 1, reads after the write and no map "
-                "at the boundary",
+                "gradient_reference='token' needs update='token', window 1, reads after the "
+                "write and no map at the boundary",
             ),
             (chunkwise and not self.read_before, "update='chunk' needs reads before the write"),
             (bool(self.orthogonal) and not chunkwise, "orthogonal updates need update='chunk'"),
@@ -170,7 +173,7 @@ class Rule:
             (
                 self.decay == "channel" and not foldable,
                 "decay='channel' needs an MLP of depth 1 or 2 without biases, update='token', "
-                "anchor='chunk', no momentum and no window",
+                "gradient_reference='chunk', no momentum and no window",
             ),
             (
                 many and self.objective.needs_delta,
@@ -187,9 +190,9 @@ class Rule:
         ]
 
     @property
-    def keeps_anchor(self) -> bool:
+    def keeps_reference(self) -> bool:
         """Whether the weights of the chunk's start are kept beside those of the last token."""
-        return self.update == "token" and self.anchor == "chunk"
+        return self.update == "token" and self.gradient_reference == "chunk"
 
     @property
     def keeps_pending(self) -> bool:
@@ -205,7 +208,7 @@ class Rule:
         widths = first[0].shape[-2], first[-1].shape[-1]
         return FastWeights(
             weights=first,
-            anchor=first if self.keeps_anchor else (),
+            reference=first if self.keeps_reference else (),
             momentum=zeros if self.momentum else (),
             pending=zeros if self.keeps_pending else (),
             sums=(first[0].new_zeros(batch, heads, 3),) if chunkwise else (),

@@ -49,7 +49,7 @@ from scripts.benchmarks.random_bank import (
 
 PARTS = ("cold", "warm", "decode", "memory")
 WARM_BAR, DECODE_BAR, MEMORY_BAR = 0.1, 0.85, 1.5  # shares, GiB
-PROMPT, ANCHOR = "reading the prompt", "no bank"  # to compare to
+PROMPT, BASE_MODEL = "reading the prompt", "no bank"  # to compare to
 
 
 def run(arguments: list[str]) -> None:
@@ -93,9 +93,9 @@ def _warm(folder: Path, sizes: Sizes) -> list[Row]:
         closing(StoredBank(folder, read="pread", cache_bytes=0)) as uncached,
         torch.inference_mode(),
     ):
-        _, anchor = make_models(sizes, bank)
+        _, base_model = make_models(sizes, bank)
         calls = {
-            PROMPT: lambda: anchor(prompt),
+            PROMPT: lambda: base_model(prompt),
             "fetch from memory": lambda: bank.fetch(route),
             "fetch from the page cache": lambda: uncached.fetch(route),
         }
@@ -124,10 +124,10 @@ def _decode(folder: Path, sizes: Sizes) -> list[Row]:
     """Tokens per second of one sequence whose blocks have been fetched."""
     first = torch.zeros(1, 1, dtype=torch.long)
     with closing(StoredBank(folder)) as bank:
-        served, anchor = make_models(sizes, bank)
+        served, base_model = make_models(sizes, bank)
         state = served.init_state(1, torch.zeros(1, dtype=torch.long))
         calls = {
-            ANCHOR: lambda: generate(anchor, first, sizes.tokens, temperature=0),
+            BASE_MODEL: lambda: generate(base_model, first, sizes.tokens, temperature=0),
             "with a bank": lambda: generate(
                 served, first, sizes.tokens, temperature=0, state=state
             ),
@@ -136,20 +136,20 @@ def _decode(folder: Path, sizes: Sizes) -> list[Row]:
     rows = [_decode_row(what, sizes.tokens, times) for what in times]
     print(f"\ndecode, {sizes.tokens} tokens of one sequence:")
     speeds = [{"tokens/s": f"{row['tokens_per_second']:.1f}"} for row in rows]
-    print(measure.table([text(*pair, "of anchor") for pair in zip(rows, speeds, strict=True)]))
+    print(measure.table([text(*pair, "of base model") for pair in zip(rows, speeds, strict=True)]))
     return rows
 
 
 def _decode_row(what: str, tokens: int, times: Mapping[str, list[float]]) -> Row:
-    shares = ratios(times[ANCHOR], times[what])  # of speeds
+    shares = ratios(times[BASE_MODEL], times[what])  # of speeds
     return {
         "part": "decode",
         "what": what,
         "tokens_per_second": tokens / statistics.median(times[what]),
         "spread": measure.spread(times[what]),
-        "of_anchor": statistics.median(shares),
-        "of_anchor_spread": measure.spread(shares),
-        "bar": None if what == ANCHOR else DECODE_BAR,
+        "of_base_model": statistics.median(shares),
+        "of_base_model_spread": measure.spread(shares),
+        "bar": None if what == BASE_MODEL else DECODE_BAR,
     }
 
 

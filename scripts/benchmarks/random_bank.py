@@ -117,16 +117,16 @@ def make_models(sizes: Sizes, bank: StoredBank) -> tuple[LanguageModel, Language
     options = BankOptions(branching=shape.branching, hidden=shape.hidden)
     with torch.device("meta"):  # or there would be a bank in memory
         served = _model(sizes, partial(HierarchicalFFN, bank=options))
-        anchor = _model(sizes, SwiGLU)
+        base_model = _model(sizes, SwiGLU)
     source = generator()
     weights = {
         name: torch.randn(p.shape, generator=source) * STD if p.ndim > 1 else torch.ones(p.shape)
-        for name, p in anchor.named_parameters()
+        for name, p in base_model.named_parameters()
     }
-    anchor.load_state_dict(weights, assign=True)
+    base_model.load_state_dict(weights, assign=True)
     served.load_state_dict(weights, assign=True, strict=False)
     served.use_bank(bank)
-    return served.eval(), anchor.eval()
+    return served.eval(), base_model.eval()
 
 
 def _model(sizes: Sizes, feed_forward: LayerFactory) -> LanguageModel:

@@ -59,7 +59,11 @@ MIXERS = {
     ),
     "titans_linear": (
         layers.TestTimeMemory,
-        {"rule.memory": test_time.Matrix(), "rule.anchor": "token", "rule.momentum": True},
+        {
+            "rule.memory": test_time.Matrix(),
+            "rule.gradient_reference": "token",
+            "rule.momentum": True,
+        },
     ),
     "ttt_linear": (  # steps averaged over the chunk so far, nothing forgotten, positions in a chunk
         layers.TestTimeMemory,

@@ -1,4 +1,4 @@
-"""Runs with a memory bank: on an anchor, alone, resumed, and written to files."""
+"""Runs with a memory bank: on a base model, alone, resumed, and written to files."""
 
 import shutil
 from functools import partial
@@ -11,7 +11,7 @@ from mneme.harness.config.build import build
 from mneme.harness.config.check import ConfigError
 from mneme.harness.config.compose import compose_checked
 from mneme.harness.evaluate.evaluation import check_fit, evaluate, restore_model
-from mneme.harness.run import anchor
+from mneme.harness.run import init_from
 from mneme.harness.run.checkpoints import Interrupted, model_weights, read_checkpoint
 from mneme.harness.run.jobs import resume_run, start_run
 from mneme.harness.run.metrics_file import read_metrics
@@ -19,7 +19,7 @@ from mneme.harness.run.run_directory import RunDirectory, TaskMismatchError
 from mneme.harness.run.training import prepare
 from mneme.layers import BankOptions, HierarchicalFFN, ProductKeyMemory
 from mneme.models import LanguageModel
-from mneme.models.bank import anchor_hash, read_manifest, verify_bank
+from mneme.models.bank import model_hash, read_manifest, verify_bank
 from mneme.models.bank.stored import StoredBank
 
 RARE = (
@@ -47,7 +47,7 @@ RARE = (
     "checkpoint_every=2",
 )
 BANK = ("ffn=bank", "ffn.bank.branching=2", "ffn.bank.hidden=[4,4]")
-DROPOUT = "model.dropout=0.1"  # which a frozen anchor does not have
+DROPOUT = "model.dropout=0.1"  # which a frozen base model does not have
 ALONE = (*BANK, "train_only=bank", "optimizer.lr=0.1", "task.ask=[question,generic]")
 
 
@@ -57,13 +57,13 @@ def train(path, *overrides) -> RunDirectory:
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> RunDirectory:
-    """An anchor without a bank, on the same task."""
+    """A base model without a bank, on the same task."""
     return train(tmp_path_factory.mktemp("runs") / "dense", DROPOUT)
 
 
 @pytest.fixture(scope="module")
 def banked(dense, tmp_path_factory) -> RunDirectory:
-    """A bank alone, trained on the frozen anchor."""
+    """A bank alone, trained on the frozen base model."""
     path = tmp_path_factory.mktemp("runs") / "banked"
     return train(path, *ALONE, f"init_from={dense.path}", DROPOUT)
 
@@ -72,10 +72,10 @@ def restored(run: RunDirectory, file=None) -> LanguageModel:
     return restore_model(run.read_config(), read_checkpoint(file or run.last))
 
 
-# On an anchor
+# On a base model
 
 
-def test_a_run_starts_as_its_anchor_to_the_bit(dense):
+def test_a_run_starts_as_its_base_model_to_the_bit(dense):
     composed = compose_checked([*RARE, *BANK, f"init_from={dense.path}"])
     prepared = prepare(composed.config)
     old, new = restored(dense, dense.best), prepared.model.eval()
@@ -86,7 +86,7 @@ def test_a_run_starts_as_its_anchor_to_the_bit(dense):
         assert torch.equal(new(batch.inputs, state).y, old(batch.inputs).y)
 
 
-def test_a_frozen_anchor_keeps_every_bit_and_the_bank_learns(dense, banked):
+def test_a_frozen_base_model_keeps_every_bit_and_the_bank_learns(dense, banked):
     before = model_weights(read_checkpoint(dense.best))
     after = model_weights(read_checkpoint(banked.last))
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
@@ -113,18 +113,18 @@ def test_frozen_parts_do_not_follow_what_they_read():
     memory = partial(ProductKeyMemory, heads=1, top_k=2, sub_keys=4, query_norm="batch")
     blocks = partial(HierarchicalFFN, bank=BankOptions(2, (4,)))
     model = LanguageModel(8, vocab_size=5, n_layers=1, pattern=[[memory, blocks]], dropout=0.5)
-    anchor.freeze_all_but_bank(model)
-    before = anchor_hash(model)
+    init_from.freeze_all_but_bank(model)
+    before = model_hash(model)
     state = model.init_state(3, torch.tensor([0, 1, 1]))
     model(torch.zeros(3, 4, dtype=torch.long), state).y.sum().backward()
-    assert anchor_hash(model) == before
+    assert model_hash(model) == before
     assert [n for n, p in model.named_parameters() if p.grad is not None] == [
         "bank.generic", "bank.level1",
     ]  # fmt: skip
     assert model.bank.training, "it still draws the generic block"
 
 
-def test_a_run_that_was_stopped_goes_on_without_its_anchor(
+def test_a_run_that_was_stopped_goes_on_without_its_base_model(
     dense, banked, tmp_path, monkeypatch, capsys
 ):
     copy = shutil.copytree(dense.path, tmp_path / "copy")
@@ -154,7 +154,7 @@ def stop_at_the_fourth(callback, trainer):
         raise Interrupted(15, 4, callback.checkpoints.run.path)
 
 
-def test_an_anchor_with_a_bank_is_taken_whole(banked):
+def test_a_base_model_with_a_bank_is_taken_whole(banked):
     config = compose_checked([*RARE, *BANK, f"init_from={banked.last}"]).config
     model = prepare(config).model
     assert all(
@@ -168,7 +168,7 @@ def test_weights_that_do_not_fit_are_named(dense, tmp_path):
     with pytest.raises(ConfigError) as caught:
         train(tmp_path / "run", *options)
     assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
-        f"init_from: {dense.best} is not an anchor for this model:",
+        f"init_from: {dense.best} does not fit this model:",
         "blocks.1.parts.1.parts.0.in_proj.weight is [96, 16] there and [64, 16] in this model",
         "blocks.1.parts.1.parts.0.out_proj.weight is [16, 48] there and [16, 32] in this model",
         "head.weight [229, 16] of this model is not there",
@@ -191,7 +191,7 @@ def test_many_weights_that_do_not_fit_are_counted(dense, tmp_path):
         (["init_from={dense}", "ffn=none"], r"in_proj\.weight \[96, 16\] has no place in this"),
         (["train_only=bank"], "train_only: no layer of this model reads a memory bank"),
         (["save_bank_every=3"], "save_bank_every: no layer of this model reads a memory bank"),
-        (["train_only=anchor", *BANK], "train_only: expected .*'bank'"),
+        (["train_only=others", *BANK], "train_only: expected .*'bank'"),
         (["save_bank_every=0", *BANK], r"save_bank_every \(0\) must be 1 or more"),
         (["ffn=bank"], "lead to 4 leaves, and the model's bank has 64, 4 children at each of 3"),
     ],
@@ -234,7 +234,7 @@ def test_a_finished_run_leaves_its_bank(banked):
     assert verify_bank(banked.bank) == []
     model, config = restored(banked), banked.read_config()
     task = build(config["task"])
-    manifest = read_manifest(banked.bank, router=task.router, anchor=anchor_hash(model))
+    manifest = read_manifest(banked.bank, router=task.router, base_model=model_hash(model))
     assert manifest.facts == {"step": 6, "run": "banked"}
     batch = task.train_batch(0)
     with torch.inference_mode():

@@ -120,7 +120,7 @@ def test_gates_start_where_the_documentation_says():
     [
         ({}, 0.5),
         ({"memory": MLP(norm=False), "chunk_size": 8}, 1 / 8),
-        ({"memory": Matrix(), "learner": Learner(anchor="token")}, 1.0),
+        ({"memory": Matrix(), "learner": Learner(gradient_reference="token")}, 1.0),
         ({"learner": Learner(max_inner_lr=0.3)}, 0.3),
     ],
 )

@@ -130,25 +130,25 @@ def test_layers_without_a_bank_may_come_first():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_new_bank_changes_no_bit_of_its_anchor(kind):
-    anchor = model_with(SwiGLU)
+def test_a_new_bank_changes_no_bit_of_its_base_model(kind):
+    base_model = model_with(SwiGLU)
     model = banked(BankOptions(branching=3, hidden=(4, 2), kind=kind), fill=False)
-    missing = model.load_state_dict(anchor.state_dict(), strict=False)
+    missing = model.load_state_dict(base_model.state_dict(), strict=False)
     assert not missing.unexpected_keys
     assert all(name.startswith("bank.") for name in missing.missing_keys)
     tokens = tokens_of(4)
     for route in ([0, 8, 4, GENERIC], None):
         state = None if route is None else model.init_state(4, torch.tensor(route))
-        assert torch.equal(model(tokens, state).y, anchor(tokens).y)
+        assert torch.equal(model(tokens, state).y, base_model(tokens).y)
 
 
-def test_a_new_bank_changes_no_gradient_of_its_anchor():
-    anchor, model = model_with(SwiGLU), banked(fill=False)
-    model.load_state_dict(anchor.state_dict(), strict=False)
+def test_a_new_bank_changes_no_gradient_of_its_base_model():
+    base_model, model = model_with(SwiGLU), banked(fill=False)
+    model.load_state_dict(base_model.state_dict(), strict=False)
     tokens = tokens_of(4)
-    for case, route in ((anchor, None), (model, [0, 26, 9, 9])):
+    for case, route in ((base_model, None), (model, [0, 26, 9, 9])):
         loss_of(case, tokens, route).backward()
-    for name, parameter in anchor.named_parameters():
+    for name, parameter in base_model.named_parameters():
         assert_close(model.get_parameter(name).grad, parameter.grad, name, 1e-6)
 
 

@@ -77,7 +77,7 @@ class TestReductions:
     @pytest.mark.parametrize("chunk", [1, 6, 16])
     def test_gated_delta_rule(self, chunk):
         """Without momentum, with exact errors; it takes the error after the decay, we before."""
-        rule = Rule(memory=Matrix(), anchor="token", momentum=False, chunk=chunk)
+        rule = Rule(memory=Matrix(), gradient_reference="token", momentum=False, chunk=chunk)
         x, keep = tokens(), normal(2, 20, 3, 1, seed=4).sigmoid()
         theta = normal(2, 20, 3, 1, seed=5).sigmoid()
         y, state = memorize(
@@ -124,7 +124,7 @@ class TestReductions:
         """Gradients at the chunk's start are then those at the weights before the token."""
         stale, exact = (
             Rule(memory=Matrix(), chunk=1),
-            Rule(memory=Matrix(), chunk=16, anchor="token"),
+            Rule(memory=Matrix(), chunk=16, gradient_reference="token"),
         )
         inputs = make(OP, 40, regime="exact")
         start = inputs["state"]
@@ -393,15 +393,18 @@ class TestBoundaries:
 
     def test_unit_slots_stay_on_the_sphere(self):
         state = memorize(**make(OP, 50, regime="slots_decode"))[1]
-        norms = state.anchor[0].norm(dim=-1)
+        norms = state.reference[0].norm(dim=-1)
         assert (norms - 1).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"anchor": "token"}, "needs a matrix memory"),
-        ({"anchor": "token", "memory": Matrix(), "read_before": True}, "needs update='token'"),
+        ({"gradient_reference": "token"}, "needs a matrix memory"),
+        (
+            {"gradient_reference": "token", "memory": Matrix(), "read_before": True},
+            "needs update='token'",
+        ),
         ({"update": "chunk"}, "needs reads before the write"),
         ({"orthogonal": True}, "need update='chunk'"),
         ({"boundary": Softmax()}, "Softmax needs reads before the write"),
@@ -442,7 +445,7 @@ def accepted_rules(count: int) -> list[Rule]:
         "boundary": [Boundary(), RowNorm(), LqNorm(), Softmax(), UnitSlots()],
         "update": ["token", "average", "chunk"],
         "decay": ["none", "head", "channel"],
-        "anchor": ["chunk", "token"],
+        "gradient_reference": ["chunk", "token"],
         "momentum": [True, False],
         "orthogonal": [True, "scheduled", False],
         "outer_lr": [True, False],

@@ -120,9 +120,9 @@ def test_what_is_fetched_is_compared_with_reading_a_prompt(measured):
     assert (memory["bar"], cached["bar"]) == (0.1, 0.1)
 
 
-def test_decoding_is_compared_with_that_of_the_anchor(measured):
-    anchor, ours = measured["decode"]
-    assert (anchor["of_anchor"], anchor["bar"], ours["bar"]) == (1, None, 0.85)
+def test_decoding_is_compared_with_that_of_the_base_model(measured):
+    base_model, ours = measured["decode"]
+    assert (base_model["of_base_model"], base_model["bar"], ours["bar"]) == (1, None, 0.85)
 
 
 def test_serving_reads_blocks_and_reports_memory(measured):
@@ -142,9 +142,9 @@ def test_rates_and_bars():
     row = cold_reads._cold_row(("block of level 3", "direct"), shape, rates)
     assert (row["bytes_per_second"], row["of_large_reads"], row["bar"]) == (1e9, 0.5, 0.7)
     assert cold_reads._cold_row(("large reads", "1 thread"), shape, rates)["bar"] is None
-    times = {bank.ANCHOR: [1.0, 1.0, 1.0], "with a bank": [2.0, 2.0, 1.0]}
+    times = {bank.BASE_MODEL: [1.0, 1.0, 1.0], "with a bank": [2.0, 2.0, 1.0]}
     row = bank._decode_row("with a bank", 10, times)
-    assert (row["tokens_per_second"], row["of_anchor"]) == (5, 0.5)
+    assert (row["tokens_per_second"], row["of_base_model"]) == (5, 0.5)
 
 
 def test_the_bank_is_as_large_as_asked_and_its_blocks_are_not_small():
@@ -169,13 +169,13 @@ def test_a_bank_is_made_once_and_another_is_not_touched(folder, monkeypatch):
 
 
 def test_models_with_and_without_a_bank_share_their_weights(folder):
-    with_bank, anchor = random_bank.make_models(TINY, StoredBank(folder))
-    mine, other = dict(with_bank.named_parameters()), dict(anchor.named_parameters())
+    with_bank, base_model = random_bank.make_models(TINY, StoredBank(folder))
+    mine, other = dict(with_bank.named_parameters()), dict(base_model.named_parameters())
     assert mine.keys() == other.keys()
     assert all(mine[name] is other[name] or mine[name].equal(other[name]) for name in mine)
     assert mine["embedding.weight"].data_ptr() == other["embedding.weight"].data_ptr()
     tokens = torch.arange(4)[None]
-    assert not with_bank(tokens).y.equal(anchor(tokens).y), "blocks are not zero"
+    assert not with_bank(tokens).y.equal(base_model(tokens).y), "blocks are not zero"
 
 
 def test_places_are_as_fast_as_whole_paths_were_read(folder, monkeypatch):

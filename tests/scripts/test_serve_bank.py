@@ -163,11 +163,11 @@ def changed(trained, tmp_path) -> RunDirectory:
     return RunDirectory(shutil.copytree(trained.path, tmp_path / "run"))
 
 
-def test_a_bank_of_another_anchor_is_refused(changed, capsys):
+def test_a_bank_of_another_base_model_is_refused(changed, capsys):
     checkpoint = read_checkpoint(changed.last)
     checkpoint["state_dict"]["model.norm.weight"][0] += 1
     torch.save(checkpoint, changed.last)
-    assert "use the weights of that anchor" in stop(changed, capsys, "the")
+    assert "use the weights of that base model" in stop(changed, capsys, "the")
 
 
 def test_a_bank_of_another_router_is_refused(changed, capsys):

@@ -12,7 +12,7 @@ from mneme.harness.run.run_directory import RunError
 from mneme.layers import BankOptions, MemoryBank
 from mneme.layers.bank.memory_bank import GENERIC
 from mneme.models import make_optimizer
-from mneme.models.bank import BankError, anchor_hash
+from mneme.models.bank import BankError, model_hash
 from mneme.models.bank.attach import attach_bank
 from mneme.models.bank.attach_saved import attach_saved, attach_stored
 from mneme.routers import HashedTfidf, Router
@@ -126,7 +126,7 @@ def test_beams_have_the_blocks_of_their_prompt():
     assert torch.equal(together, torch.cat(alone))
 
 
-def test_outside_of_a_route_the_model_is_its_anchor():
+def test_outside_of_a_route_the_model_is_its_base_model():
     model, tokens = tiny(), prompts()
     alone, names = model(tokens).logits, list(model.state_dict())
     attached = filled(model)
@@ -208,7 +208,7 @@ def test_two_routes_learn_contradicting_continuations_of_one_prompt():
         assert changed.nonzero()[:, 0].tolist() == rows, name
 
 
-def test_an_anchor_is_trained_too_if_asked():
+def test_a_base_model_is_trained_too_if_asked():
     model = tiny()
     before = bits(model)
     train(attach_bank(model, OPTIONS, freeze=False), prompts(), ROUTE, steps=1)
@@ -259,9 +259,9 @@ def test_a_bank_goes_with_its_model_and_router_only(tmp_path):
     model = tiny()
     attached = attach_bank(model, OPTIONS)
     attached.save(tmp_path, router="abc")
-    assert attached.save(tmp_path, router="abc").anchor == anchor_hash(attached.detach())
+    assert attached.save(tmp_path, router="abc").base_model == model_hash(attached.detach())
     for attach in (attach_saved, attach_stored):
-        with pytest.raises(BankError, match="use the weights of that anchor"):
+        with pytest.raises(BankError, match="use the weights of that base model"):
             attach(tiny(seed=1), tmp_path)
         with pytest.raises(BankError, match="route with that router"):
             attach(model, tmp_path, router="abd")
@@ -302,7 +302,7 @@ def test_routes_that_make_no_sense():
     with pytest.raises(ValueError, match="routes must be from 0 to 8"):
         attached(tokens, route=torch.tensor([0, 1, 9]))
     with attached.routed(ROUTE[:1]), pytest.raises(ValueError, match="call generate of the attach"):
-        continued(attached.anchor, tokens[:1], num_beams=2, max_new_tokens=1)
+        continued(attached.base_model, tokens[:1], num_beams=2, max_new_tokens=1)
 
 
 PLACES = ("harbour", "forest", "market", "desert")
@@ -335,7 +335,7 @@ def program(files, *options):
 
 def test_the_program_trains_saves_and_compares(files, capsys):
     losses = program(files, "--steps", "30", "--lr", "0.01", "--hidden", "4,2", "--batch", "4")
-    assert losses.fetched < losses.generic < losses.anchor
+    assert losses.fetched < losses.generic < losses.base_model
     printed = capsys.readouterr().out
     assert "step     30 of 30: loss" in printed
     assert f"2 held-out texts, nats per token:\n  fetched  {losses.fetched:.4f}" in printed

@@ -340,13 +340,13 @@ def test_a_bank_whose_edit_cannot_be_made_can_be_written_again(cut_short):
 def parts(tmp_path):
     folders = {child: tmp_path / f"child{child}" for child in (0, 1)}
     for child, folder in folders.items():
-        save(folder, seed=child, router="r", anchor="a", facts={"step": child})
+        save(folder, seed=child, router="r", base_model="a", facts={"step": child})
     return folders
 
 
 def test_a_merged_bank_has_each_subtree_from_its_own(parts, tmp_path):
     merged = merge_banks(parts, tmp_path / "out", generic=1, facts={"step": 5})
-    assert merged == read_manifest(tmp_path / "out", router="r", anchor="a")
+    assert merged == read_manifest(tmp_path / "out", router="r", base_model="a")
     assert (merged.facts, merged.shape) == ({"step": 5}, SHAPE)
     second = {place: block(*place, seed=1) for place in [(0, 0), *nodes_below(SHAPE, 1, 1)]}
     assert_blocks(tmp_path / "out", second, seed=0, dtype=torch.float32)
@@ -363,12 +363,12 @@ def test_a_merged_bank_may_take_the_place_of_a_part(parts):
     [
         ({"dtype": "float16"}, "the same dtype: float32 in .*child0, float16 in .*child1"),
         ({"router": "s"}, "the same router: r in .*child0, s in .*child1"),
-        ({"anchor": None}, "the same anchor: a in .*child0, None in .*child1"),
+        ({"base_model": None}, "the same base_model: a in .*child0, None in .*child1"),
         ({"shape": replace(SHAPE, width=6)}, r"the same shape: BankShape\(.*width=5.*width=6"),
     ],
 )
 def test_banks_that_do_not_belong_together_are_refused(parts, tmp_path, options, says):
-    save(parts[1], **{"router": "r", "anchor": "a", **options})
+    save(parts[1], **{"router": "r", "base_model": "a", **options})
     with pytest.raises(BankError, match=f"banks to be merged must have {says}"):
         merge_banks(parts, tmp_path / "out", generic=0)
     assert not (tmp_path / "out").exists()

@@ -16,8 +16,8 @@ from mneme.layers.bank.memory_bank import BankShape
 from mneme.models.bank import (
     BankError,
     LevelFile,
-    anchor_hash,
     manifest,
+    model_hash,
     open_levels,
     read_manifest,
     replace_block,
@@ -40,8 +40,8 @@ def first_file(folder, level=3):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_blocks_are_read_as_they_were_written(tmp_path, dtype):
-    written = save(tmp_path, dtype=dtype, router=HASH, anchor=OTHER, facts={"step": 7})
-    found, levels = open_levels(tmp_path, router=HASH, anchor=OTHER)
+    written = save(tmp_path, dtype=dtype, router=HASH, base_model=OTHER, facts={"step": 7})
+    found, levels = open_levels(tmp_path, router=HASH, base_model=OTHER)
     assert found == written
     assert (found.generation, found.shape, found.facts) == (1, SHAPE, {"step": 7})
     for level, node in NODES:
@@ -65,7 +65,12 @@ def test_a_file_is_as_its_format_says(tmp_path):
     head = json.loads(data[16 : 16 + length])
     assert data[:8] == b"mnemebnk"
     assert data[16 + length : 24 + length] == xxhash.xxh3_64_digest(data[: 16 + length])[::-1]
-    assert (head["version"], head["level"], head["router"], head["anchor"]) == (1, 3, HASH, None)
+    assert (head["version"], head["level"], head["router"], head["base_model"]) == (
+        1,
+        3,
+        HASH,
+        None,
+    )
     assert (head["nodes"], head["record_bytes"], head["stride"]) == (8, 2 * 2 * 5 * 2, 4096)
     assert (head["checksums"], head["records"], len(data)) == (4096, 8192, head["file_bytes"])
     table = data[4104 : 4104 + 8 * 8]
@@ -303,7 +308,7 @@ def test_hashes_that_do_not_fit_are_refused(tmp_path):
 
 @pytest.fixture
 def bank(tmp_path):
-    save(tmp_path, router=HASH, anchor=OTHER)
+    save(tmp_path, router=HASH, base_model=OTHER)
     return tmp_path
 
 
@@ -346,10 +351,11 @@ def test_versions_to_come_are_refused(bank, monkeypatch):
         LevelFile(first_file(bank))
 
 
-@pytest.mark.parametrize("what", ["router", "anchor"])
-def test_another_router_and_another_anchor_are_refused(bank, what):
-    found = {"router": HASH, "anchor": OTHER}[what]
-    says = rf"for the {what} {found[:12]}, and is used with cccccccccccc; .* that {what}"
+@pytest.mark.parametrize("what", ["router", "base_model"])
+def test_another_router_and_another_base_model_are_refused(bank, what):
+    found = {"router": HASH, "base_model": OTHER}[what]
+    word = what.replace("_", " ")
+    says = rf"for the {word} {found[:12]}, and is used with cccccccccccc; .* that {word}"
     with pytest.raises(BankError, match=says):
         read_manifest(bank, **{what: "c" * 64})
     read_manifest(bank, **{what: found})
@@ -412,7 +418,7 @@ def test_a_flipped_bit_of_the_checksums_is_found_on_opening(bank, at):
 def test_a_level_of_another_write_is_refused(bank, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     for _ in range(2):
-        save(other, router=HASH, anchor=OTHER)
+        save(other, router=HASH, base_model=OTHER)
     first_file(bank).write_bytes(first_file(other).read_bytes())
     with pytest.raises(
         BankError, match=r"level3-1\.bank is not of this bank: its generation is 2, "
@@ -422,7 +428,7 @@ def test_a_level_of_another_write_is_refused(bank, tmp_path_factory):
 
 def test_a_level_of_another_bank_is_refused(bank, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
-    save(other, router=HASH, anchor=OTHER, dtype="bfloat16")
+    save(other, router=HASH, base_model=OTHER, dtype="bfloat16")
     first_file(bank).write_bytes(first_file(other).read_bytes())
     with pytest.raises(BankError, match=r"its dtype is bfloat16, and that of .*json is float32"):
         open_levels(bank)
@@ -489,10 +495,10 @@ def test_a_hash_is_the_same_after_saving_and_loading(tmp_path):
     net = Net()
     torch.save(net.state_dict(), tmp_path / "net.pt")
     loaded = Net()
-    assert anchor_hash(loaded) != anchor_hash(net)
+    assert model_hash(loaded) != model_hash(net)
     loaded.load_state_dict(torch.load(tmp_path / "net.pt"))
-    assert anchor_hash(loaded) == anchor_hash(net)
-    assert len(anchor_hash(net)) == 64
+    assert model_hash(loaded) == model_hash(net)
+    assert len(model_hash(net)) == 64
 
 
 @pytest.mark.parametrize(
@@ -507,10 +513,10 @@ def test_a_hash_is_the_same_after_saving_and_loading(tmp_path):
 )
 def test_a_hash_is_that_of_all_but_the_bank(name, matters):
     net = Net()
-    before = anchor_hash(net)
+    before = model_hash(net)
     net.get_parameter(name).data.add_(1) if "." in name else net.get_buffer(name).add_(1)
-    assert (anchor_hash(net) != before) == matters
-    assert anchor_hash(net, leave_out=()) != anchor_hash(net)
+    assert (model_hash(net) != before) == matters
+    assert model_hash(net, leave_out=()) != model_hash(net)
 
 
 def test_a_hash_tells_shapes_and_dtypes_apart():
@@ -518,5 +524,5 @@ def test_a_hash_tells_shapes_and_dtypes_apart():
     for tensor in (same_bytes, same_bytes.view(4, 3), same_bytes.view(torch.int32)):
         module = nn.Module()
         module.register_buffer("w", tensor)
-        hashes.add(anchor_hash(module))
+        hashes.add(model_hash(module))
     assert len(hashes) == 3

@@ -1,4 +1,4 @@
-"""Starting a run from the weights of another: an anchor, which a memory bank is added to."""
+"""Starting a run from the weights of another, such as a base model that gets a memory bank."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from mneme.tasks.base import Task
 
 
 @dataclass(frozen=True)
-class Anchor:
-    """Where the weights of an anchor come from.
+class InitialWeights:
+    """Where a model's first weights come from.
 
     Attributes:
         path: a checkpoint.
@@ -32,7 +32,7 @@ class Anchor:
     step: int
 
 
-def init_from(where: str, model: LanguageModel, task: Task) -> Anchor:
+def init_from(where: str, model: LanguageModel, task: Task) -> InitialWeights:
     """Gives a model the weights of another run.
 
     All of them must find their place, by name and shape, and all of the model's own must be among
@@ -41,7 +41,7 @@ def init_from(where: str, model: LanguageModel, task: Task) -> Anchor:
     Args:
         where: a run directory, for its best checkpoint, or a checkpoint.
         model: which is changed.
-        task: which it will be trained on; the anchor must know the same vocabulary.
+        task: which it will be trained on; the other run must know the same vocabulary.
 
     Raises:
         ConfigError: there is no such run, or it does not fit. The model is as it was.
@@ -57,9 +57,9 @@ def init_from(where: str, model: LanguageModel, task: Task) -> Anchor:
     problems = [*_other_words(checkpoint, task), *misfits(weights, model, may_be_new=BANK)]
     if problems:
         lines = "".join(f"\n    {problem}" for problem in problems)
-        raise ConfigError([f"init_from: {path} is not an anchor for this model:{lines}"])
+        raise ConfigError([f"init_from: {path} does not fit this model:{lines}"])
     model.load_state_dict(weights, strict=False)
-    return Anchor(path, int(checkpoint["global_step"]))
+    return InitialWeights(path, int(checkpoint["global_step"]))
 
 
 def freeze_all_but_bank(model: LanguageModel) -> None:
