@@ -360,6 +360,7 @@ def noticed(change: Change, suite: Suite) -> bool:
         subprocess.run(clone, check=True)  # some tests ask git
         for name in _tracked():  # as it is now, committed or not
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).unlink(missing_ok=True)  # a link is not written over
             shutil.copy2(ROOT / name, tree / name, follow_symlinks=False)
         (tree / change.path).write_text(change.applied(source))
         (Path(place) / "tests.txt").write_text("\n".join(tests))
