@@ -11,7 +11,9 @@ if __name__ != "mneme.tasks":  # under two names, it would be two packages
 
 from mneme.tasks.base import Batch, Task
 from mneme.tasks.facts import LibraryOptions, RareFacts, RoutingOptions, ZipfFacts
+from mneme.tasks.mad import FuzzyRecall, InContextRecall, Memorization, SelectiveCopying
 from mneme.tasks.recall import MQAR, ForgettingMQAR, Needle, RecallMixture
+from mneme.tasks.state_tracking import GroupWords, ModularArithmetic, Parity
 from mneme.tasks.streams import ClassIncremental
 from mneme.tasks.text import (
     ByteTokenizer,
@@ -27,12 +29,19 @@ __all__ = [
     "ByteTokenizer",
     "ClassIncremental",
     "ForgettingMQAR",
+    "FuzzyRecall",
+    "GroupWords",
+    "InContextRecall",
     "LibraryOptions",
     "LocalFiles",
+    "Memorization",
+    "ModularArithmetic",
     "Needle",
+    "Parity",
     "RareFacts",
     "RecallMixture",
     "RoutingOptions",
+    "SelectiveCopying",
     "SentencePieceTokenizer",
     "StandardLibrary",
     "Task",

@@ -49,13 +49,17 @@ class BatchSet:
         return self.make()
 
 
+def select(examples: Batch, rows: slice | Tensor) -> Batch:
+    """Some examples of a batch, by a slice or by their indices."""
+    slices = {name: values[rows] for name, values in examples.slices.items()}
+    route = None if examples.route is None else examples.route[rows]
+    return Batch(examples.inputs[rows], examples.targets[rows], slices, route)
+
+
 def cut(examples: Batch, size: int) -> Iterator[Batch]:
     """Cuts one large batch into batches of `size` examples; the last may be smaller."""
     for start in range(0, len(examples.inputs), size):
-        part = slice(start, start + size)
-        slices = {name: values[part] for name, values in examples.slices.items()}
-        route = None if examples.route is None else examples.route[part]
-        yield Batch(examples.inputs[part], examples.targets[part], slices, route)
+        yield select(examples, slice(start, start + size))
 
 
 def unscored(batch: Batch) -> Batch:

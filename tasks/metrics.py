@@ -25,7 +25,7 @@ LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
 ROWS = 4096
 
 # Slices counted in ranges rather than value by value.
-BUCKETED = frozenset({"gap"})
+BUCKETED = frozenset({"gap", "position"})
 
 
 class Scores(NamedTuple):

@@ -74,10 +74,18 @@ def first_arrivals(times: Floats, count: int) -> Ints:
     return np.take_along_axis(early, order, axis=1)
 
 
+def first_equal(values: Ints) -> Ints:
+    """The index of the first entry of its row that each `[N, K]` entry equals, often its own."""
+    order = np.argsort(values, axis=1, kind="stable")
+    ranked = np.take_along_axis(values, order, axis=1)
+    begins = np.zeros_like(order)  # where the run of equals begins among the ranked
+    begins[:, 1:] = np.where(ranked[:, 1:] != ranked[:, :-1], np.arange(1, order.shape[1]), 0)
+    first = np.empty_like(order)
+    runs = np.maximum.accumulate(begins, axis=1)
+    np.put_along_axis(first, order, np.take_along_axis(order, runs, axis=1), axis=1)
+    return first
+
+
 def _repeats(drawn: Ints) -> NDArray[np.bool_]:
     """Marks each `[N, K]` entry that equals an earlier entry of its row."""
-    order = np.argsort(drawn, axis=1, kind="stable")
-    ranked = np.take_along_axis(drawn, order, axis=1)
-    repeated = np.zeros(drawn.shape, dtype=bool)
-    np.put_along_axis(repeated, order[:, 1:], ranked[:, 1:] == ranked[:, :-1], axis=1)
-    return repeated
+    return first_equal(drawn) < np.arange(drawn.shape[1])

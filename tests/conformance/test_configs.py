@@ -18,6 +18,10 @@ SMALL = (
 )
 SMALL_MQAR = ("task.seq_len=16", "task.pairs=2", "task.test_pairs=[2]", "task.batch_size=2")
 SMALL_NEEDLE = ("task.seq_len=32", "task.batch_size=2", "task.test_examples=2")
+SMALL_MAD = ("task.seq_len=32", "task.train_examples=4", "task.batch_size=2",
+             "task.test_examples=2")  # fmt: skip
+SMALL_TRACKING = ("task.train_length=[2,4]", "task.test_length=[4]", "task.batch_size=2",
+                  "task.test_examples=2")  # fmt: skip
 SMALL_FACTS = ("task.subjects=20", "task.objects=8", "task.batch_size=8")
 SMALL_RARE = (
     "task.library.subjects=32",
@@ -45,6 +49,14 @@ SMALL_TASK = {
     "needle_mix": (),
     "needle": SMALL_NEEDLE,
     "needle_number": SMALL_NEEDLE,
+    "mad_recall": SMALL_MAD,
+    "mad_noisy_recall": SMALL_MAD,
+    "mad_fuzzy_recall": SMALL_MAD,
+    "mad_copying": (*SMALL_MAD, "task.copied=4"),
+    "mad_memorization": SMALL_MAD,
+    "parity": SMALL_TRACKING,
+    "modular_arithmetic": SMALL_TRACKING,
+    "group_words": SMALL_TRACKING,
     "rare_facts": SMALL_RARE,
     "text": ("task.seq_len=32", "task.batch_size=2"),
     "text_sentencepiece": ("task.seq_len=32", "task.batch_size=2"),
