@@ -12,7 +12,18 @@ if __name__ != "mneme.tasks":  # under two names, it would be two packages
 from mneme.tasks.base import Batch, Task
 from mneme.tasks.facts import LibraryOptions, RareFacts, RoutingOptions, ZipfFacts
 from mneme.tasks.mad import FuzzyRecall, InContextRecall, Memorization, SelectiveCopying
-from mneme.tasks.recall import MQAR, ForgettingMQAR, Needle, RecallMixture
+from mneme.tasks.path_star import PathStar, PathStarInWeights
+from mneme.tasks.recall import (
+    MQAR,
+    CompositionalMQAR,
+    ForgettingMQAR,
+    Induction,
+    Needle,
+    PhoneBook,
+    ReadTwice,
+    RecallMixture,
+    SetDisjointness,
+)
 from mneme.tasks.state_tracking import GroupWords, ModularArithmetic, Parity
 from mneme.tasks.streams import ClassIncremental
 from mneme.tasks.text import (
@@ -28,21 +39,28 @@ __all__ = [
     "Batch",
     "ByteTokenizer",
     "ClassIncremental",
+    "CompositionalMQAR",
     "ForgettingMQAR",
     "FuzzyRecall",
     "GroupWords",
     "InContextRecall",
+    "Induction",
     "LibraryOptions",
     "LocalFiles",
     "Memorization",
     "ModularArithmetic",
     "Needle",
     "Parity",
+    "PathStar",
+    "PathStarInWeights",
+    "PhoneBook",
     "RareFacts",
+    "ReadTwice",
     "RecallMixture",
     "RoutingOptions",
     "SelectiveCopying",
     "SentencePieceTokenizer",
+    "SetDisjointness",
     "StandardLibrary",
     "Task",
     "Text",

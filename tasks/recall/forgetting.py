@@ -1,4 +1,4 @@
-"""ForgetGate MQAR: recall of keys that have been written again with other values.
+"""Forgetting MQAR: recall of keys that have been written again with other values.
 
 Reference: `forgetting_mqar.py` of https://github.com/HazyResearch/zoology, the code of "Zoology:
 Measuring and Improving Recall in Efficient Language Models", https://arxiv.org/abs/2312.04927.
