@@ -10,12 +10,14 @@ if __name__ != "mneme.tasks":  # under two names, it would be two packages
 
 
 from mneme.tasks.base import Batch, Task
+from mneme.tasks.classification import Digits, ListOps
 from mneme.tasks.facts import LibraryOptions, RareFacts, RoutingOptions, ZipfFacts
 from mneme.tasks.mad import FuzzyRecall, InContextRecall, Memorization, SelectiveCopying
 from mneme.tasks.path_star import PathStar, PathStarInWeights
 from mneme.tasks.recall import (
     MQAR,
     CompositionalMQAR,
+    Copying,
     ForgettingMQAR,
     Induction,
     Needle,
@@ -40,12 +42,15 @@ __all__ = [
     "ByteTokenizer",
     "ClassIncremental",
     "CompositionalMQAR",
+    "Copying",
+    "Digits",
     "ForgettingMQAR",
     "FuzzyRecall",
     "GroupWords",
     "InContextRecall",
     "Induction",
     "LibraryOptions",
+    "ListOps",
     "LocalFiles",
     "Memorization",
     "ModularArithmetic",

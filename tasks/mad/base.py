@@ -65,10 +65,7 @@ class MadTask(RecallTask):
         """Training batch `index`: a pure function of the seed and the index."""
         if self.train_examples is None:
             return self._to_train(self.train_set(self.rng("train", index), self.batch_size))
-        epoch, place = divmod(index, self.train_examples // self.batch_size)
-        order = self.rng("train", 1 + epoch).permutation(self.train_examples)
-        rows = order[place * self.batch_size : (place + 1) * self.batch_size]
-        return self._to_train(select(self._examples, torch.from_numpy(rows)))
+        return self._to_train(select(self._examples, self.rows(index, self.train_examples)))
 
     @cached_property
     def _examples(self) -> Batch:

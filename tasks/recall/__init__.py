@@ -1,6 +1,7 @@
 """Recall tasks: synthetic sequences that ask for what they showed earlier."""
 
 from mneme.tasks.recall.base import RecallTask
+from mneme.tasks.recall.copying import Copying
 from mneme.tasks.recall.forgetting import ForgettingMQAR, make_forgetting_mqar
 from mneme.tasks.recall.lookup import CompositionalMQAR, Induction, PhoneBook, SetDisjointness
 from mneme.tasks.recall.mixture import RecallMixture
@@ -11,6 +12,7 @@ from mneme.tasks.recall.read_twice import ReadTwice
 __all__ = [
     "MQAR",
     "CompositionalMQAR",
+    "Copying",
     "ForgettingMQAR",
     "Induction",
     "Needle",

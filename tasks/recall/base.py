@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mneme.tasks.base import Batch, BatchSet, EvalSplit, Task
 from mneme.tasks.batch import cut
@@ -79,6 +81,16 @@ class RecallTask(Task):
     def train_batch(self, index: int) -> Batch:
         """Training batch `index`: a pure function of the seed and the index."""
         return self.draw(self.rng("train", index))
+
+    def rows(self, index: int, examples: int) -> Tensor:
+        """Which of a fixed set of examples training batch `index` has, for tasks that have one.
+
+        Every pass over the set is in a new order, and leaves out what does not fill a batch. The
+        set itself is for `rng("train", 0)` to make.
+        """
+        epoch, place = divmod(index, examples // self.batch_size)
+        order = self.rng("train", 1 + epoch).permutation(examples)
+        return torch.from_numpy(order[place * self.batch_size : (place + 1) * self.batch_size])
 
     def eval_batches(self, split: EvalSplit) -> BatchSet:
         """The fixed examples of `split`, level after level."""

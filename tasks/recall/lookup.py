@@ -68,8 +68,8 @@ def make_phone_book(
         asked: questions, of different names.
 
     Returns:
-        A batch with slices `length` and `entries` `[B]`, and `gap` `[B, L]`: from the name in the
-        book to the name, or digit, that is answered.
+        A batch with slices `length` and `entries` `[B]`, `gap` `[B, L]`, from the name in the book
+        to the name, or digit, that is answered, and `turn` `[B, L]`, the question's number from 1.
     """
     first = DIGITS + 1
     line = digits + 1
@@ -84,7 +84,11 @@ def make_phone_book(
     starts = entries * line + line * np.arange(asked) + 1  # of the name of each question
     places = np.broadcast_to((starts[:, None] + np.arange(digits)).reshape(-1), (n, asked * digits))
     gaps = np.repeat(starts - line * wanted, digits, axis=1)
-    return _asked(inputs, places, again[..., 1:].reshape(n, -1), gaps, {"entries": entries})
+    batch = _asked(inputs, places, again[..., 1:].reshape(n, -1), gaps, {"entries": entries})
+    turns = np.broadcast_to(np.repeat(np.arange(1, asked + 1), digits), places.shape)
+    return batch._replace(
+        slices=batch.slices | {"turn": at_queries(places, turns, inputs.shape[1])}
+    )
 
 
 def solve_phone_book(inputs: Tensor) -> Tensor:
@@ -266,7 +270,8 @@ class PhoneBook(RecallTask):
     """Numbers of people in a phone book: see `make_phone_book`.
 
     `exact_sequence_accuracy` is the share of books all of whose questions are answered; with one
-    question, of numbers that are right.
+    question, of numbers that are right. With several, `accuracy/turn=5` is that of the fifth
+    question on one context, as SCBench asks (arXiv 2412.10319).
 
     Args:
         entries: K, or several values of it: each training batch holds one; default 32.
@@ -328,7 +333,8 @@ class PhoneBook(RecallTask):
         """The values each slice can take; of a bucketed slice, the largest."""
         entries = sorted({*self.train_levels, *self.test_levels})
         lengths = [(self.digits + 1) * (count + self.asked) for count in entries]
-        return {"entries": entries, "length": lengths, "gap": [self.seq_len]}
+        slices = {"entries": entries, "length": lengths, "gap": [self.seq_len]}
+        return {**slices, "turn": range(self.asked + 1)}
 
 
 class CompositionalMQAR(RecallTask):

@@ -9,7 +9,10 @@ import torch
 from mneme.tasks import (
     MQAR,
     CompositionalMQAR,
+    Copying,
+    Digits,
     Induction,
+    ListOps,
     PathStar,
     PathStarInWeights,
     PhoneBook,
@@ -17,8 +20,10 @@ from mneme.tasks import (
     SetDisjointness,
 )
 from mneme.tasks.batch import IGNORE
+from mneme.tasks.classification import CLOSE, OPEN, PAD, solve_list_ops
 from mneme.tasks.path_star import EDGE, MARKS, PATH, solve_path_star
 from mneme.tasks.recall import solve_mqar
+from mneme.tasks.recall.copying import solve_copying
 from mneme.tasks.recall.lookup import (
     DIGITS,
     make_compositional_mqar,
@@ -40,6 +45,13 @@ def walked(inputs, task):
 
 
 CASES = {
+    "copying": (Copying, lambda x, task: solve_copying(x), "d9af9d28be28ffe1"),
+    "turns": (
+        lambda **o: PhoneBook(asked=5, **o),
+        lambda x, task: solve_phone_book(x),
+        "4f2238e40fcba714",
+    ),
+    "list_ops": (ListOps, lambda x, task: solve_list_ops(x), "46d65d915eee8625"),
     "induction": (Induction, lambda x, task: solve_induction(x), "3b430bdce17a94ce"),
     "phone_book": (PhoneBook, lambda x, task: solve_phone_book(x), "052ef9a50b4b305d"),
     "compositional": (
@@ -97,6 +109,39 @@ def test_a_phone_book_asks_for_numbers_of_its_own_names():
     scored = batch.targets != IGNORE
     back = torch.arange(32) - batch.slices["gap"]
     assert torch.equal(batch.inputs.gather(1, back)[scored], batch.inputs[scored])
+
+
+def test_lists_have_the_value_that_python_gives_them():
+    task = ListOps(seq_len=80, shortest=10, batch_size=40, seed=1)
+    names = {"MIN": min, "MAX": max, "SM": lambda them: sum(them) % 10}
+    names["MED"] = lambda them: int(
+        (sorted(them)[(len(them) - 1) // 2] + sorted(them)[len(them) // 2]) / 2
+    )
+    batch = task.train_batch(0)
+    for tokens, target in zip(batch.inputs.tolist(), batch.targets[:, -1].tolist(), strict=True):
+        text = ""
+        for token in tokens[:-1]:
+            if OPEN <= token < CLOSE:
+                text += f"{('MIN', 'MAX', 'MED', 'SM')[token - OPEN]}(["
+            elif token != PAD:
+                text += "])," if token == CLOSE else f"{token},"
+        assert eval(text, names)[0] == target
+        assert 10 <= sum(token != PAD for token in tokens[:-1]) < 80
+
+
+def test_digits_are_dealt_out_once_and_trained_on_the_pixels_if_asked():
+    task = Digits(batch_size=100)
+    sets = {
+        split: {tuple(row) for batch in task.eval_batches(split) for row in batch.inputs.tolist()}
+        for split in ("val", "test")
+    }
+    trained = {tuple(row) for i in range(11) for row in task.train_batch(i).inputs.tolist()}
+    assert (len(sets["val"]), len(sets["test"]), len(trained)) == (300, 300, 1100)
+    assert not sets["val"] & sets["test"]
+    assert not trained & (sets["val"] | sets["test"])
+    pixels = Digits(objective="next_token").train_batch(0)
+    assert torch.equal(pixels.targets[:, :-1], pixels.inputs[:, 1:])
+    assert task.chance_level == 0.1
 
 
 def test_no_half_of_a_compound_key_tells_the_value():
@@ -176,6 +221,9 @@ def test_tests_in_weights_ask_for_leaves_that_training_never_asks_for():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
+        (lambda: Copying(test_length=0), "lengths must be 1 or more"),
+        (lambda: ListOps(depth=1), "depth .1. and arguments .10. must be at least 2"),
+        (lambda: ListOps(shortest=200), "shortest .200. must be from 1 to below seq_len .128."),
         (lambda: Induction(test_length=2), "lengths must be at least 3"),
         (lambda: PhoneBook(entries=4, asked=5), "entries .4 to 4. must be from asked .5."),
         (lambda: PhoneBook(digits=0), "must be at least 1"),
