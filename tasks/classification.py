@@ -4,8 +4,9 @@ B examples, T tokens.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ OPERATORS = ("MIN", "MAX", "MED", "SM")  # SM: the sum modulo 10
 DIGITS = 10
 OPEN, CLOSE, PAD, ASK = 10, 14, 15, 16  # OPEN to OPEN + 3 open a list of each operator
 LIST_ODDS = 0.25  # that a place of a list is a list
+TRAINED = 1197  # images
 LEVELS = 17  # shades of scikit-learn's images
 
 
@@ -111,39 +113,23 @@ def to_next_token(batch: Batch) -> Batch:
     return batch._replace(targets=following, slices={"label": label[:, 0]})
 
 
+@dataclass(kw_only=True, eq=False)
 class Classification(RecallTask):
     """What the tasks of this file share.
 
     Args:
-        vocab_size: V.
-        seq_len: T.
-        objective: "label", or "next_token", which trains on the inputs alone, to go on from with
-            `init_from` (self-pretraining, arXiv 2310.02980); evaluation is of the same objective.
-        batch_size: examples in a batch.
-        test_examples: examples in each of the two evaluation sets.
-        seed: all randomness of the data follows from it.
+        objective: "label" (default), or "next_token", which trains on the inputs alone, to go on
+            from with `init_from` (self-pretraining, arXiv 2310.02980); evaluation is of the same
+            objective.
+        batch_size: examples in a batch; default 32.
     """
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        seq_len: int,
-        objective: Objective,
-        batch_size: int,
-        test_examples: int,
-        seed: int,
-    ) -> None:
-        super().__init__(
-            vocab_size=vocab_size,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            seed=seed,
-            train_levels=[seq_len],
-            test_levels=[seq_len],
-            test_examples=test_examples,
-        )
-        self.objective = objective
+    level = "seq_len"
+    test_seq_len: ClassVar[None] = None
+
+    objective: Objective = "label"
+    batch_size: int = 32
+    vocab_size: int = field(init=False)
 
     @property
     def chance_level(self) -> float:
@@ -155,7 +141,7 @@ class Classification(RecallTask):
         return batch if self.objective == "label" else to_next_token(batch)
 
     def facts(self) -> Facts:
-        """What to record with a run, so that its numbers can be read later."""
+        """What to record with a run, so that its results can be read later."""
         return super().facts() | {"objective": self.objective}
 
     def slice_values(self) -> Mapping[str, Sequence[int]]:
@@ -163,54 +149,46 @@ class Classification(RecallTask):
         return {"label": range(DIGITS)}
 
 
+@dataclass(kw_only=True, eq=False)
 class ListOps(Classification):
     """Nested lists of digits: see `make_list_ops`.
 
-    Defaults fit a laptop; Long Range Arena has lists of 500 to 2000 tokens, ten deep, of up to ten
-    arguments. Examples never repeat but by chance, where it has 96,000.
+    Defaults fit a laptop; Long Range Arena has lists of 500 to 2000 tokens, ten deep. Examples
+    never repeat but by chance, where it has 96,000. Other options are those of `Classification` and
+    `RecallTask`.
 
     Args:
         seq_len: T; default 128.
         shortest: the least number of tokens; default 32.
         depth: of lists in lists, at most; default 6.
         arguments: of a list, at most; default 10.
-        objective: "label" (default) or "next_token", see `Classification`.
-        batch_size: examples in a batch; default 32.
         test_examples: examples in each of the two evaluation sets; default 500.
-        seed: all randomness of the data follows from it; default 0.
     """
 
     name = "list_ops"
 
-    def __init__(
-        self,
-        *,
-        seq_len: int = 128,
-        shortest: int = 32,
-        depth: int = 6,
-        arguments: int = 10,
-        objective: Objective = "label",
-        batch_size: int = 32,
-        test_examples: int = 500,
-        seed: int = 0,
-    ) -> None:
+    seq_len: int = 128
+    shortest: int = 32
+    depth: int = 6
+    arguments: int = 10
+    test_examples: int = 500
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        self.vocab_size = ASK + 1
+        super().__post_init__()
+
+    def check(self, level: int) -> None:
+        """Raises `ValueError` if there are no such lists."""
+        depth, arguments, shortest = self.depth, self.arguments, self.shortest
         if depth < 2 or arguments < 2:
             raise ValueError(f"depth ({depth}) and arguments ({arguments}) must be at least 2")
         longest = _longest_list(depth, arguments)
-        if not 1 <= shortest < min(seq_len, longest + 1):
+        if not 1 <= shortest < min(level, longest + 1):
             raise ValueError(
-                f"shortest ({shortest}) must be from 1 to below seq_len ({seq_len}); such lists "
-                f"have at most {longest} tokens"
+                f"shortest ({shortest}) must be from 1 to below seq_len ({level}); such lists have "
+                f"at most {longest} tokens"
             )
-        super().__init__(
-            vocab_size=ASK + 1,
-            seq_len=seq_len,
-            objective=objective,
-            batch_size=batch_size,
-            test_examples=test_examples,
-            seed=seed,
-        )
-        self.shortest, self.depth, self.arguments = shortest, depth, arguments
 
     def make(self, rng: np.random.Generator, n: int, level: int) -> Batch:
         """Makes `n` examples from `rng` alone."""
@@ -226,35 +204,34 @@ def _longest_list(depth: int, arguments: int) -> int:
     return tokens
 
 
+@dataclass(kw_only=True, eq=False)
 class Digits(Classification):
     """Images of handwritten digits, pixel by pixel: scikit-learn's 1,797 of 8 x 8.
 
     A token is one of 17 shades; the 65th asks for the digit. 1,197 images to train on, again and
-    again in ever new orders, 300 to validate with, 300 to test: the same for every seed.
+    again in ever new orders, 300 to validate with, 300 to test: the same for every seed. Other
+    options are those of `Classification`.
 
     Args:
-        objective: "label" (default) or "next_token", see `Classification`.
-        batch_size: images in a batch; default 32.
         seed: the order of training images follows from it; default 0.
     """
 
     name = "digits"
 
-    def __init__(
-        self, *, objective: Objective = "label", batch_size: int = 32, seed: int = 0
-    ) -> None:
-        if batch_size > 1197:
+    seq_len: int = field(init=False)
+    test_examples: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        self.vocab_size, self.seq_len, self.test_examples = LEVELS + 1, 65, 300
+        super().__post_init__()
+
+    def check(self, level: int) -> None:
+        """Raises `ValueError` if a batch has more images than there are."""
+        if self.batch_size > TRAINED:
             raise ValueError(
-                f"batch_size ({batch_size}) must be at most 1197, all images to train on"
+                f"batch_size ({self.batch_size}) must be at most {TRAINED}, all images of training"
             )
-        super().__init__(
-            vocab_size=LEVELS + 1,
-            seq_len=65,
-            objective=objective,
-            batch_size=batch_size,
-            test_examples=300,
-            seed=seed,
-        )
 
     def train_batch(self, index: int) -> Batch:
         """Training batch `index`: a pure function of the seed and the index."""

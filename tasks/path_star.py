@@ -4,6 +4,8 @@ B examples, d arms of l nodes that all begin at the root, T positions (arXiv 251
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -73,46 +75,42 @@ def solve_path_star(inputs: Tensor, edges: int) -> Tensor:
     return answers
 
 
+@dataclass(kw_only=True, eq=False)
 class PathStar(RecallTask):
     """Paths in graphs that stand in the context: see `make_path_star`.
 
     Models that are trained on the next token with the true tokens before it stay at `1 / arms` at
-    the first hop (`accuracy/hop=1`), as published.
+    the first hop (`accuracy/hop=1`), as published. Other options are those of `RecallTask`.
 
     Args:
         arms: d; default 5.
         length: l; default 5.
         nodes: labels that there are; default 100.
-        batch_size: examples in a batch; default 64.
-        test_examples: examples in each of the two evaluation sets; default 1000.
-        seed: all randomness of the data follows from it; default 0.
     """
 
     name = "path_star"
+    level = "length"
+    test_length: ClassVar[None] = None
 
-    def __init__(
-        self,
-        *,
-        arms: int = 5,
-        length: int = 5,
-        nodes: int = 100,
-        batch_size: int = 64,
-        test_examples: int = 1000,
-        seed: int = 0,
-    ) -> None:
-        check_path_star(arms, length)
-        if (needed := 1 + arms * (length - 1)) > nodes:
-            raise ValueError(f"nodes ({nodes}) must be at least {needed}: {arms} arms of {length}")
-        super().__init__(
-            vocab_size=MARKS + nodes,
-            seq_len=2 * arms * (length - 1) + 2 + length,
-            batch_size=batch_size,
-            seed=seed,
-            train_levels=[length],
-            test_levels=[length],
-            test_examples=test_examples,
-        )
-        self.arms, self.length, self.nodes = arms, length, nodes
+    arms: int = 5
+    length: int = 5
+    nodes: int = 100
+    seq_len: int = field(init=False)
+    vocab_size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        self.vocab_size = MARKS + self.nodes
+        self.seq_len = max(2 * self.arms * (self.length - 1) + 2 + self.length, 2)
+        super().__post_init__()
+
+    def check(self, level: int) -> None:
+        """Raises `ValueError` if there is no choice to make, or there are not enough labels."""
+        check_path_star(self.arms, level)
+        if (needed := 1 + self.arms * (level - 1)) > self.nodes:
+            raise ValueError(
+                f"nodes ({self.nodes}) must be at least {needed}: {self.arms} arms of {level}"
+            )
 
     @property
     def chance_level(self) -> float:
@@ -128,60 +126,58 @@ class PathStar(RecallTask):
         return {"hop": range(self.length)}
 
 
+@dataclass(kw_only=True, eq=False)
 class PathStarInWeights(RecallTask):
     """Paths in one graph that only training shows: edges and paths of most arms (arXiv 2510.26745).
 
     A training batch is, equally often, of edges `mark u v` in both directions, or of paths `mark
     leaf pause ... root ...` to the leaves of three in four arms; tests ask for paths to the others.
     So a path is never copied: its first hop follows from edges that are held in weights. There:
-    up to 10,000 arms of 10 nodes.
+    up to 10,000 arms of 10 nodes. Other options are those of `RecallTask`.
 
     Args:
         arms: d; default 100.
         length: l; default 5.
         pauses: tokens between the leaf and the path; default 5.
         held_out: share of arms whose paths are not trained; default 0.25.
-        batch_size: examples in a batch; default 64.
         test_examples: paths in each of the two evaluation sets, drawn with replacement from the
             arms that are held out, half of them for each set; default 200.
         seed: the graph, and all other randomness of the data, follows from it; default 0.
     """
 
     name = "path_star_in_weights"
+    level = "kind"
+    kind: ClassVar[list[int]] = [EDGE, PATH]
+    test_kind: ClassVar[list[int]] = [PATH]
 
-    def __init__(
-        self,
-        *,
-        arms: int = 100,
-        length: int = 5,
-        pauses: int = 5,
-        held_out: float = 0.25,
-        batch_size: int = 64,
-        test_examples: int = 200,
-        seed: int = 0,
-    ) -> None:
-        check_path_star(arms, length)
-        self.trained = round(arms * (1 - held_out))
-        if not 1 <= self.trained <= arms - 2:
+    arms: int = 100
+    length: int = 5
+    pauses: int = 5
+    held_out: float = 0.25
+    test_examples: int = 200
+    seq_len: int = field(init=False)
+    vocab_size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Checks the options, and draws the graph."""
+        check_path_star(self.arms, self.length)
+        self.trained = round(self.arms * (1 - self.held_out))
+        if not 1 <= self.trained <= self.arms - 2:
             raise ValueError(
-                f"held_out ({held_out}) of {arms} arms must leave one or more to train on and two "
-                "to test with"
+                f"held_out ({self.held_out}) of {self.arms} arms must leave one or more to train "
+                "on and two to test with"
             )
-        if pauses < 0:
-            raise ValueError(f"pauses ({pauses}) must be 0 or more")
-        super().__init__(
-            vocab_size=MARKS + 1 + arms * (length - 1),
-            seq_len=pauses + length + 2,
-            batch_size=batch_size,
-            seed=seed,
-            train_levels=[EDGE, PATH],
-            test_levels=[PATH],
-            test_examples=test_examples,
-        )
-        self.length, self.pauses = length, pauses
-        labels = MARKS + np.random.default_rng(seed).permutation(1 + arms * (length - 1))
-        others = labels[1:].reshape(arms, length - 1)
-        self.paths = np.concatenate([np.full((arms, 1), labels[0]), others], axis=1)  # [d, l]
+        if self.pauses < 0:
+            raise ValueError(f"pauses ({self.pauses}) must be 0 or more")
+        nodes = 1 + self.arms * (self.length - 1)
+        self.vocab_size, self.seq_len = MARKS + nodes, self.pauses + self.length + 2
+        super().__post_init__()
+        labels = MARKS + np.random.default_rng(self.seed).permutation(nodes)
+        roots = np.full((self.arms, 1), labels[0])
+        self.paths = np.concatenate([roots, labels[1:].reshape(self.arms, -1)], axis=1)  # [d, l]
+
+    def check(self, level: int) -> None:
+        """All was checked before."""
 
     @property
     def chance_level(self) -> float:

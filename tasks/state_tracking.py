@@ -7,6 +7,7 @@ to 2 reaches eigenvalue -1, and a nonlinear recurrence any group (arXiv 2411.125
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mneme.tasks.base import IGNORE, Batch, Facts, as_list
+from mneme.tasks.base import IGNORE, Batch, as_list
 from mneme.tasks.recall.base import RecallTask
 from mneme.tasks.recall.sampling import Ints
 
@@ -168,59 +169,51 @@ def _batch(inputs: Ints, targets: Ints, length: int) -> Batch:
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), slices)
 
 
+@dataclass(kw_only=True, eq=False)
 class StateTracking(RecallTask):
     """What the tasks of this file share: levels are lengths, and tests go beyond those of training.
 
     Args:
-        vocab_size: V.
-        positions: T of an example of L symbols.
-        train_length: the least and the greatest L of training; each batch holds one, drawn evenly.
+        min_length: the least number of symbols L of a training example.
+        max_length: the greatest; each batch holds one length, drawn evenly.
         test_length: values of L to evaluate.
-        batch_size: examples in a batch.
-        test_examples: examples for each of `test_length`, in each of the two evaluation sets.
-        seed: all randomness of the data follows from it.
+        batch_size: examples in a batch; default 256.
+        test_examples: examples for each of `test_length`, in each of the two evaluation sets;
+            default 500.
     """
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        train_length: Sequence[int],
-        test_length: int | list[int],
-        batch_size: int,
-        test_examples: int,
-        seed: int,
-    ) -> None:
-        if len(train_length) != 2 or not 1 <= train_length[0] <= train_length[1]:
+    level = "length"
+
+    min_length: int
+    max_length: int
+    test_length: int | list[int]
+    batch_size: int = 256
+    test_examples: int = 500
+    seq_len: int = field(init=False)
+    vocab_size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        if not 1 <= self.min_length <= self.max_length:
             raise ValueError(
-                f"train_length must be the least and the greatest length, such as [3, 40]; got "
-                f"{list(train_length)}"
+                f"min_length ({self.min_length}) must be from 1 to max_length ({self.max_length})"
             )
-        if min(lengths := as_list(test_length), default=0) < 1:
+        if min(lengths := as_list(self.test_length), default=0) < 1:
             raise ValueError(f"test_length must hold lengths of 1 or more, got {lengths}")
-        longest = max(train_length[1], *lengths)
-        super().__init__(
-            vocab_size=vocab_size,
-            seq_len=self.positions(longest),
-            batch_size=batch_size,
-            seed=seed,
-            train_levels=range(train_length[0], train_length[1] + 1),
-            test_levels=lengths,
-            test_examples=test_examples,
-        )
+        self.seq_len = self.positions(max(self.max_length, *lengths))
+        super().__post_init__()
+
+    @property
+    def length(self) -> list[int]:
+        """The lengths of training."""
+        return list(range(self.min_length, self.max_length + 1))
+
+    def check(self, level: int) -> None:
+        """All lengths can be made."""
 
     def positions(self, length: int) -> int:
         """T of examples of L symbols."""
         return length
-
-    def facts(self) -> Facts:
-        """What to record with a run, so that its numbers can be read later."""
-        return super().facts() | {
-            "perfect_level": 1.0,
-            "train_length": f"{self.train_levels[0]} to {self.train_levels[-1]}",
-            "test_length": str(self.test_levels),
-            "test_examples_per_level": self.test_examples,
-        }
 
     def slice_values(self) -> Mapping[str, Sequence[int]]:
         """The values each slice can take; of a bucketed slice, the largest."""
@@ -231,42 +224,32 @@ class StateTracking(RecallTask):
         }
 
 
+@dataclass(kw_only=True, eq=False)
 class Parity(StateTracking):
     """The sum modulo 2 of some bits: see `make_parity`.
 
     Defaults are those of arXiv 2411.12537 and of xLSTM's code, which train on 3 to 40 bits and test
-    on 40 to 256. Differs in that all examples of a batch have one length.
+    on 40 to 256. Differs in that all examples of a batch have one length. Other options are those
+    of `StateTracking`.
 
     Args:
-        train_length: the least and the greatest number of bits of training; default 3 to 40.
+        min_length: the least number of bits of training; default 3.
+        max_length: the greatest; default 40.
         test_length: numbers of bits to evaluate; default 40, 64, 128 and 256.
         labels: "last" (default) scores the answer only, "every" the sum at every position.
-        batch_size: examples in a batch; default 256.
-        test_examples: examples for each of `test_length`; default 500.
-        seed: all randomness of the data follows from it; default 0.
     """
 
     name = "parity"
 
-    def __init__(
-        self,
-        *,
-        train_length: Sequence[int] = (3, 40),
-        test_length: int | list[int] | None = None,
-        labels: Labels = "last",
-        batch_size: int = 256,
-        test_examples: int = 500,
-        seed: int = 0,
-    ) -> None:
-        self.labels = labels
-        super().__init__(
-            vocab_size=3,
-            train_length=train_length,
-            test_length=[40, 64, 128, 256] if test_length is None else test_length,
-            batch_size=batch_size,
-            test_examples=test_examples,
-            seed=seed,
-        )
+    min_length: int = 3
+    max_length: int = 40
+    test_length: int | list[int] = field(default_factory=lambda: [40, 64, 128, 256])
+    labels: Labels = "last"
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        self.vocab_size = 3
+        super().__post_init__()
 
     def positions(self, length: int) -> int:
         """The bits and the question."""
@@ -282,42 +265,32 @@ class Parity(StateTracking):
         return make_parity(rng, n, length=level, labels=self.labels)
 
 
+@dataclass(kw_only=True, eq=False)
 class ModularArithmetic(StateTracking):
     """The value of an expression modulo m: see `make_arithmetic`.
 
+    Other options are those of `StateTracking`.
+
     Args:
-        train_length: the least and the greatest number of operands of training; default 2 to 20,
-            which is 4 to 40 tokens.
+        min_length: the least number of operands of training; default 2.
+        max_length: the greatest; default 20, which is 40 tokens.
         test_length: numbers of operands to evaluate; default 20, 32, 64 and 128.
         modulus: m; default 5.
-        batch_size: examples in a batch; default 256.
-        test_examples: examples for each of `test_length`; default 500.
-        seed: all randomness of the data follows from it; default 0.
     """
 
     name = "modular_arithmetic"
 
-    def __init__(
-        self,
-        *,
-        train_length: Sequence[int] = (2, 20),
-        test_length: int | list[int] | None = None,
-        modulus: int = 5,
-        batch_size: int = 256,
-        test_examples: int = 500,
-        seed: int = 0,
-    ) -> None:
-        if modulus < 2:
-            raise ValueError(f"modulus ({modulus}) must be at least 2")
-        self.modulus = modulus
-        super().__init__(
-            vocab_size=modulus + 4,
-            train_length=train_length,
-            test_length=[20, 32, 64, 128] if test_length is None else test_length,
-            batch_size=batch_size,
-            test_examples=test_examples,
-            seed=seed,
-        )
+    min_length: int = 2
+    max_length: int = 20
+    test_length: int | list[int] = field(default_factory=lambda: [20, 32, 64, 128])
+    modulus: int = 5
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        if self.modulus < 2:
+            raise ValueError(f"modulus ({self.modulus}) must be at least 2")
+        self.vocab_size = self.modulus + 4
+        super().__post_init__()
 
     def positions(self, length: int) -> int:
         """Each operand is followed by an operator or by `=`."""
@@ -336,44 +309,33 @@ class ModularArithmetic(StateTracking):
         return make_arithmetic(rng, n, length=level, modulus=self.modulus)
 
 
+@dataclass(kw_only=True, eq=False)
 class GroupWords(StateTracking):
     """The word problem of a finite group: see `make_group_words`.
 
     Differs from the code of arXiv 2404.08819 in that words never repeat but by chance (there: a
     fixed set of up to five million of each length) and all words of a batch have one length.
     Accuracy over all positions looks high, as first products are easy: `accuracy/last=1` is that of
-    the last.
+    the last. Other options are those of `StateTracking`.
 
     Args:
         group: "A5" (default), "S3", "S5", "Z60" or "A4xZ5".
-        train_length: the least and the greatest length of training words; default 2 to 20.
+        min_length: the least length of training words; default 2.
+        max_length: the greatest; default 20.
         test_length: lengths to evaluate; default 10, 20 and 40.
-        batch_size: words in a batch; default 256.
-        test_examples: words for each of `test_length`; default 500.
-        seed: all randomness of the data follows from it; default 0.
     """
 
     name = "group_words"
 
-    def __init__(
-        self,
-        *,
-        group: Group = "A5",
-        train_length: Sequence[int] = (2, 20),
-        test_length: int | list[int] | None = None,
-        batch_size: int = 256,
-        test_examples: int = 500,
-        seed: int = 0,
-    ) -> None:
-        self.group: Group = group
-        super().__init__(
-            vocab_size=len(multiplication_table(group)),
-            train_length=train_length,
-            test_length=[10, 20, 40] if test_length is None else test_length,
-            batch_size=batch_size,
-            test_examples=test_examples,
-            seed=seed,
-        )
+    group: Group = "A5"
+    min_length: int = 2
+    max_length: int = 20
+    test_length: int | list[int] = field(default_factory=lambda: [10, 20, 40])
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        self.vocab_size = len(multiplication_table(self.group))
+        super().__post_init__()
 
     @property
     def chance_level(self) -> float:

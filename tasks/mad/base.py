@@ -4,9 +4,10 @@ MAD is "Mechanistic Design and Scaling of Hybrid Architectures" (arXiv 2403.1784
 L length, V vocabulary.
 """
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,49 +18,38 @@ from mneme.tasks.recall.base import RecallTask
 from mneme.tasks.recall.sampling import Ints
 
 
+@dataclass(kw_only=True, eq=False)
 class MadTask(RecallTask):
     """What the tasks of MAD share: one length, and a fixed set of training examples.
 
     Args:
-        vocab_size: V.
-        seq_len: L.
         train_examples: training goes over so many examples again and again, in another order each
-            time, and leaves out what does not fill a batch; None makes new ones without end.
-        batch_size: examples in a batch.
-        test_examples: examples in each of the two evaluation sets.
-        seed: all randomness of the data follows from it.
+            time; None makes new ones without end. Default 12,800; changes of the suite: 6400, 3200,
+            1600 and 800.
+        batch_size: examples in a batch; default 128.
+        test_examples: examples in each of the validation and the test set; default 1280.
     """
 
-    trains_on_all = False  # every next token, as in the recall tasks
+    level = "seq_len"
+    test_seq_len: ClassVar[None] = None
+    trains_on_all: ClassVar[bool] = False  # every next token, as in the recall tasks
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        seq_len: int,
-        train_examples: int | None,
-        batch_size: int,
-        test_examples: int,
-        seed: int,
-    ) -> None:
-        super().__init__(
-            vocab_size=vocab_size,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            seed=seed,
-            train_levels=[seq_len],
-            test_levels=[seq_len],
-            test_examples=test_examples,
-        )
-        if train_examples is not None and train_examples < batch_size:
+    train_examples: int | None = 12_800
+    batch_size: int = 128
+    test_examples: int = 1280
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        super().__post_init__()
+        if self.train_examples is not None and self.train_examples < self.batch_size:
             raise ValueError(
-                f"train_examples ({train_examples}) must be at least batch_size ({batch_size})"
+                f"train_examples ({self.train_examples}) must be at least batch_size "
+                f"({self.batch_size})"
             )
-        self.train_examples = train_examples
 
-    @abstractmethod
     def train_set(self, rng: np.random.Generator, n: int) -> Batch:
-        """Makes `n` examples to train on, from `rng` alone."""
+        """Makes `n` examples to train on, from `rng` alone; by default as those of tests."""
+        return self.make(rng, n, self.seq_len)
 
     def train_batch(self, index: int) -> Batch:
         """Training batch `index`: a pure function of the seed and the index."""
@@ -79,10 +69,10 @@ class MadTask(RecallTask):
         return batch._replace(targets=following)
 
     def facts(self) -> Facts:
-        """What to record with a run, so that its numbers can be read later."""
-        return super().facts() | {
-            "train_examples": "new" if self.train_examples is None else self.train_examples,
-            "test_examples": self.test_examples,
+        """What to record with a run, so that its results can be read later."""
+        found = super().facts()
+        return found | {
+            "train_examples": "new" if self.train_examples is None else self.train_examples
         }
 
     def slice_values(self) -> Mapping[str, Sequence[int]]:

@@ -5,6 +5,7 @@ published, though most next tokens cannot be known; what is evaluated are the va
 were shown before.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -224,60 +225,44 @@ def solve_fuzzy_recall(inputs: Tensor, vocab_size: int) -> Tensor:
     return answers
 
 
+@dataclass(kw_only=True, eq=False)
 class InContextRecall(MadTask):
     """MAD's in-context and, with `noise`, noisy in-context recall: see `make_in_context_recall`.
 
     Defaults are the baselines of arXiv 2403.17844 (of noisy recall: V 32, 16 noise tokens, noise
     0.2). Differs in that a row keeps its last token, whose position has no target: L positions,
-    not L - 1. Accuracy is over all scored positions; MAD's is averaged over classes.
+    not L - 1. Accuracy is over all scored positions; MAD's is averaged over classes. Other options
+    are those of `MadTask` and `RecallTask`.
 
     Args:
         vocab_size: V; default 16. Changes of the suite: 32, 64, 128 (noisy: 48, 80, 144).
         seq_len: L, even; default 128. Changes: 256, 512, 1024.
         noise_vocab: the last so many tokens of V are noise; default 0.
         noise: how likely a pair is replaced by two noise tokens; default 0. Changes: 0.4, 0.6, 0.8.
-        train_examples: default 12,800. Changes: 6400, 3200, 1600, 800. None: never the same again.
-        batch_size: examples in a batch; default 128.
-        test_examples: examples in each of the two evaluation sets; default 1280.
-        seed: all randomness of the data follows from it; default 0.
     """
 
     name = "in_context_recall"
     trains_on_all = True
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int = 16,
-        seq_len: int = 128,
-        noise_vocab: int = 0,
-        noise: float = 0.0,
-        train_examples: int | None = 12_800,
-        batch_size: int = 128,
-        test_examples: int = 1280,
-        seed: int = 0,
-    ) -> None:
-        if seq_len < 4 or seq_len % 2:
-            raise ValueError(f"seq_len ({seq_len}) must be even and at least 4: pairs of tokens")
-        if not 0 <= noise < 1 or (noise > 0) != (noise_vocab > 0) or noise_vocab < 0:
+    vocab_size: int = 16
+    seq_len: int = 128
+    noise_vocab: int = 0
+    noise: float = 0.0
+
+    def check(self, level: int) -> None:
+        """Raises `ValueError` if no such pairs can be made."""
+        if level < 4 or level % 2:
+            raise ValueError(f"seq_len ({level}) must be even and at least 4: pairs of tokens")
+        if not 0 <= self.noise < 1 or (self.noise > 0) != (self.noise_vocab > 0):
             raise ValueError(
-                f"noise ({noise}) must be in [0, 1), and noise_vocab ({noise_vocab}) 1 or more "
-                "where there is noise, else 0"
+                f"noise ({self.noise}) must be in [0, 1), and noise_vocab ({self.noise_vocab}) "
+                "1 or more where there is noise, else 0"
             )
-        if vocab_size - noise_vocab < 2:
+        if self.vocab_size - self.noise_vocab < 2:
             raise ValueError(
-                f"vocab_size ({vocab_size}) must hold a key and a value besides the {noise_vocab} "
-                "noise tokens"
+                f"vocab_size ({self.vocab_size}) must hold a key and a value besides the "
+                f"{self.noise_vocab} noise tokens"
             )
-        super().__init__(
-            vocab_size=vocab_size,
-            seq_len=seq_len,
-            train_examples=train_examples,
-            batch_size=batch_size,
-            test_examples=test_examples,
-            seed=seed,
-        )
-        self.noise_vocab, self.noise = noise_vocab, noise
 
     @property
     def chance_level(self) -> float:
@@ -296,57 +281,37 @@ class InContextRecall(MadTask):
             noise=self.noise,
         )
 
-    def train_set(self, rng: np.random.Generator, n: int) -> Batch:
-        """As those of tests."""
-        return self.make(rng, n, self.seq_len)
 
-
+@dataclass(kw_only=True, eq=False)
 class FuzzyRecall(MadTask):
     """MAD's fuzzy in-context recall: see `make_fuzzy_recall`.
 
     Defaults are the baseline of arXiv 2403.17844. Keys of training have one to three tokens, those
-    of tests three.
+    of tests three. Other options are those of `MadTask` and `RecallTask`.
 
     Args:
         vocab_size: V; default 16. Changes of the suite: 32, 64, 128.
         seq_len: L; default 128. Changes: 256, 512, 1024.
-        train_examples: default 12,800. Changes: 6400, 3200, 1600, 800. None: never the same again.
-        batch_size: examples in a batch; default 128.
-        test_examples: examples in each of the two evaluation sets; default 1280.
-        seed: all randomness of the data follows from it; default 0.
     """
 
     name = "fuzzy_recall"
     trains_on_all = True
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int = 16,
-        seq_len: int = 128,
-        train_examples: int | None = 12_800,
-        batch_size: int = 128,
-        test_examples: int = 1280,
-        seed: int = 0,
-    ) -> None:
-        if vocab_size < 2 * MOTIF + 1:
+    vocab_size: int = 16
+    seq_len: int = 128
+
+    def check(self, level: int) -> None:
+        """Raises `ValueError` if motifs or pairs have no room."""
+        if self.vocab_size < 2 * MOTIF + 1:
             raise ValueError(
-                f"vocab_size ({vocab_size}) must be at least {2 * MOTIF + 1}: three tokens of a "
-                "key, three of a value and padding"
+                f"vocab_size ({self.vocab_size}) must be at least {2 * MOTIF + 1}: three tokens of "
+                "a key, three of a value and padding"
             )
-        if seq_len < 6 * MOTIF + 2:
+        if level < 6 * MOTIF + 2:
             raise ValueError(
-                f"seq_len ({seq_len}) must be at least {6 * MOTIF + 2}, so that a pair fits before "
+                f"seq_len ({level}) must be at least {6 * MOTIF + 2}, so that a pair fits before "
                 "the one that is asked for"
             )
-        super().__init__(
-            vocab_size=vocab_size,
-            seq_len=seq_len,
-            train_examples=train_examples,
-            batch_size=batch_size,
-            test_examples=test_examples,
-            seed=seed,
-        )
 
     @property
     def chance_level(self) -> float:

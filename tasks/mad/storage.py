@@ -3,6 +3,8 @@
 B examples, L length, V vocabulary, M tokens to copy, K keys. Trained on what is evaluated.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -53,50 +55,35 @@ def solve_selective_copying(inputs: Tensor, vocab_size: int) -> Tensor:
     return answers
 
 
+@dataclass(kw_only=True, eq=False)
 class SelectiveCopying(MadTask):
     """MAD's selective copying: see `make_selective_copying`.
 
-    Defaults are the baseline of arXiv 2403.17844.
+    Defaults are the baseline of arXiv 2403.17844. Other options are those of `MadTask` and
+    `RecallTask`.
 
     Args:
         vocab_size: V; default 16. Changes of the suite: 32, 64, 128.
         seq_len: L; default 256. Changes: 512, 1024.
         copied: M, tokens to copy; default 16. Changes: 32, 64, 96.
-        train_examples: default 12,800. Changes: 6400, 3200, 1600, 800. None: never the same again.
-        batch_size: examples in a batch; default 128.
-        test_examples: examples in each of the two evaluation sets; default 1280.
-        seed: all randomness of the data follows from it; default 0.
     """
 
     name = "selective_copying"
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int = 16,
-        seq_len: int = 256,
-        copied: int = 16,
-        train_examples: int | None = 12_800,
-        batch_size: int = 128,
-        test_examples: int = 1280,
-        seed: int = 0,
-    ) -> None:
-        if copied < 1 or seq_len <= 2 * copied + 1:
+    vocab_size: int = 16
+    seq_len: int = 256
+    copied: int = 16
+
+    def check(self, level: int) -> None:
+        """Raises `ValueError` if the tokens have no room."""
+        least = 2 * self.copied + 1
+        if self.copied < 1 or level <= least:
             raise ValueError(
-                f"seq_len ({seq_len}) must be above 2 * copied + 1 = {2 * copied + 1}, and copied "
-                f"({copied}) at least 1"
+                f"seq_len ({level}) must be above 2 * copied + 1 = {least}, and copied "
+                f"({self.copied}) at least 1"
             )
-        if vocab_size < 3:
-            raise ValueError(f"vocab_size ({vocab_size}) must be at least 3: a blank and a mark")
-        super().__init__(
-            vocab_size=vocab_size,
-            seq_len=seq_len,
-            train_examples=train_examples,
-            batch_size=batch_size,
-            test_examples=test_examples,
-            seed=seed,
-        )
-        self.copied = copied
+        if self.vocab_size < 3:
+            raise ValueError(f"vocab_size ({self.vocab_size}) must be at least 3: a blank, a mark")
 
     @property
     def chance_level(self) -> float:
@@ -107,10 +94,6 @@ class SelectiveCopying(MadTask):
         """Makes `n` examples of length `level` from `rng` alone."""
         size = {"vocab_size": self.vocab_size, "seq_len": level}
         return make_selective_copying(rng, n, **size, copied=self.copied)
-
-    def train_set(self, rng: np.random.Generator, n: int) -> Batch:
-        """As those of tests."""
-        return self.make(rng, n, self.seq_len)
 
 
 def make_memorization(
@@ -145,48 +128,38 @@ def memorized_values(vocab_size: int, map_seed: int) -> Ints:
     return half + values
 
 
+@dataclass(kw_only=True, eq=False)
 class Memorization(MadTask):
     """MAD's memorization: see `make_memorization`.
 
-    Defaults are the baseline of arXiv 2403.17844.
+    Defaults are the baseline of arXiv 2403.17844. Other options are those of `MadTask` and
+    `RecallTask`.
 
     Args:
         vocab_size: V; default 256. Changes of the suite: 512 to 8192, doubled each time.
         seq_len: L, even; default 32.
         map_seed: the map from keys to values follows from it, and not from `seed`; default 12345.
-        train_examples: default 256. None: never the same again.
-        batch_size: examples in a batch; default 128.
-        test_examples: examples in each of the two evaluation sets; default 1280.
-        seed: all other randomness of the data follows from it; default 0.
+        train_examples: default 256.
     """
 
     name = "memorization"
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int = 256,
-        seq_len: int = 32,
-        map_seed: int = 12345,
-        train_examples: int | None = 256,
-        batch_size: int = 128,
-        test_examples: int = 1280,
-        seed: int = 0,
-    ) -> None:
-        if seq_len % 2:
-            raise ValueError(f"seq_len ({seq_len}) must be even: each key is followed by a mark")
-        if vocab_size < 3:
-            raise ValueError(f"vocab_size ({vocab_size}) must be at least 3: key, value and mark")
-        super().__init__(
-            vocab_size=vocab_size,
-            seq_len=seq_len,
-            train_examples=train_examples,
-            batch_size=batch_size,
-            test_examples=test_examples,
-            seed=seed,
-        )
-        self.map_seed = map_seed
-        self.values = memorized_values(vocab_size, map_seed)
+    vocab_size: int = 256
+    seq_len: int = 32
+    map_seed: int = 12345
+    train_examples: int | None = 256
+
+    def __post_init__(self) -> None:
+        """Checks the options, and draws the map."""
+        super().__post_init__()
+        self.values = memorized_values(self.vocab_size, self.map_seed)
+
+    def check(self, level: int) -> None:
+        """Raises `ValueError` if there are no keys, or one without a mark."""
+        if level % 2:
+            raise ValueError(f"seq_len ({level}) must be even: each key is followed by a mark")
+        if self.vocab_size < 3:
+            raise ValueError(f"vocab_size ({self.vocab_size}) must be at least 3: key, value, mark")
 
     @property
     def chance_level(self) -> float:
@@ -194,14 +167,10 @@ class Memorization(MadTask):
         return 1 / len(self.values)
 
     def facts(self) -> Facts:
-        """What to record with a run, so that its numbers can be read later."""
+        """What to record with a run, so that its results can be read later."""
         return super().facts() | {"map_seed": self.map_seed}
 
     def make(self, rng: np.random.Generator, n: int, level: int) -> Batch:
         """Makes `n` examples of length `level` from `rng` alone."""
         size = {"vocab_size": self.vocab_size, "seq_len": level}
         return make_memorization(rng, n, values=self.values, **size)
-
-    def train_set(self, rng: np.random.Generator, n: int) -> Batch:
-        """As those of tests."""
-        return self.make(rng, n, self.seq_len)

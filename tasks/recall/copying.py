@@ -1,6 +1,7 @@
 """Saying a whole string again: what a state of fixed size cannot do at every length."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -43,46 +44,39 @@ def solve_copying(inputs: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(inputs[:, :half]), inputs[:, :half]], dim=1)
 
 
+@dataclass(kw_only=True, eq=False)
 class Copying(RecallTask):
     """Copying strings, longer ones in tests than in training: see `make_copying`.
 
     After "Repeat After Me" (arXiv 2402.01032): 26 letters, drawn evenly. There, Transformers need
-    far fewer examples than state space models at 300 letters and more.
+    far fewer examples than state space models at 300 letters and more. Other options are those of
+    `RecallTask`.
 
     Args:
-        train_length: L, or several values of it: each training batch holds one; default 32.
+        length: L, or several values of it: each training batch holds one; default 32.
         test_length: values of L to evaluate; default 16, 32, 64 and 128.
         vocab_size: V with the mark; default 27.
-        batch_size: examples in a batch; default 64.
         test_examples: examples for each of `test_length`; default 200.
-        seed: all randomness of the data follows from it; default 0.
     """
 
     name = "copying"
+    level = "length"
 
-    def __init__(
-        self,
-        *,
-        train_length: int | list[int] = 32,
-        test_length: int | list[int] | None = None,
-        vocab_size: int = 27,
-        batch_size: int = 64,
-        test_examples: int = 200,
-        seed: int = 0,
-    ) -> None:
-        levels = as_list(train_length)
-        tests = [16, 32, 64, 128] if test_length is None else as_list(test_length)
-        if min(*levels, *tests, 1) < 1:
-            raise ValueError(f"lengths must be 1 or more; got {levels} and {tests}")
-        super().__init__(
-            vocab_size=vocab_size,
-            seq_len=2 * max(*levels, *tests),
-            batch_size=batch_size,
-            seed=seed,
-            train_levels=levels,
-            test_levels=tests,
-            test_examples=test_examples,
-        )
+    length: int | list[int] = 32
+    test_length: int | list[int] = field(default_factory=lambda: [16, 32, 64, 128])
+    vocab_size: int = 27
+    test_examples: int = 200
+    seq_len: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        self.seq_len = 2 * max(*as_list(self.length), *as_list(self.test_length), 1)
+        super().__post_init__()
+
+    def check(self, level: int) -> None:
+        """Raises `ValueError` if there is nothing to copy."""
+        if level < 1:
+            raise ValueError(f"length and test_length must be 1 or more, got {level}")
 
     @property
     def chance_level(self) -> float:

@@ -4,6 +4,7 @@ B examples, L length, V vocabulary, K entries.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import isqrt
 
 import numpy as np
@@ -210,46 +211,40 @@ def _asked(
     return Batch(torch.from_numpy(inputs), targets, slices)
 
 
+@dataclass(kw_only=True, eq=False)
 class Induction(RecallTask):
     """What followed a mark, when the mark comes again: see `make_induction`.
 
     Defaults are those of Mamba (arXiv 2312.00752): 256 tokens in training, and tests at other
-    lengths, there up to 2^20; batches of 8.
+    lengths, there up to 2^20; batches of 8. Other options are those of `RecallTask`.
 
     Args:
-        train_length: L of training; default 256.
+        length: L of training, or several values; default 256.
         test_length: values of L to evaluate; default 64, 256, 1024 and 4096.
         vocab_size: V; default 16.
         batch_size: examples in a batch; default 8.
         test_examples: examples for each of `test_length`; default 256.
-        seed: all randomness of the data follows from it; default 0.
     """
 
     name = "induction"
+    level = "length"
 
-    def __init__(
-        self,
-        *,
-        train_length: int | list[int] = 256,
-        test_length: int | list[int] | None = None,
-        vocab_size: int = 16,
-        batch_size: int = 8,
-        test_examples: int = 256,
-        seed: int = 0,
-    ) -> None:
-        levels = as_list(train_length)
-        tests = [64, 256, 1024, 4096] if test_length is None else as_list(test_length)
-        if (shortest := min(*levels, *tests, 3)) < 3:
-            raise ValueError(f"lengths must be at least 3: a mark, an answer, a mark; {shortest=}")
-        super().__init__(
-            vocab_size=vocab_size,
-            seq_len=max(*levels, *tests),
-            batch_size=batch_size,
-            seed=seed,
-            train_levels=levels,
-            test_levels=tests,
-            test_examples=test_examples,
-        )
+    length: int | list[int] = 256
+    test_length: int | list[int] = field(default_factory=lambda: [64, 256, 1024, 4096])
+    vocab_size: int = 16
+    batch_size: int = 8
+    test_examples: int = 256
+    seq_len: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        self.seq_len = max(*as_list(self.length), *as_list(self.test_length), 2)
+        super().__post_init__()
+
+    def check(self, level: int) -> None:
+        """Raises `ValueError` if a mark, an answer and a mark have no room."""
+        if level < 3:
+            raise ValueError(f"length and test_length must be at least 3, got {level}")
 
     @property
     def chance_level(self) -> float:
@@ -266,12 +261,14 @@ class Induction(RecallTask):
         return {"length": lengths, "gap": [self.seq_len]}
 
 
+@dataclass(kw_only=True, eq=False)
 class PhoneBook(RecallTask):
     """Numbers of people in a phone book: see `make_phone_book`.
 
     `exact_sequence_accuracy` is the share of books all of whose questions are answered; with one
     question, of numbers that are right. With several, `accuracy/turn=5` is that of the fifth
-    question on one context, as SCBench asks (arXiv 2412.10319).
+    question on one context, as SCBench asks (arXiv 2412.10319). Other options are those of
+    `RecallTask`.
 
     Args:
         entries: K, or several values of it: each training batch holds one; default 32.
@@ -281,42 +278,39 @@ class PhoneBook(RecallTask):
         names: that there are; default 1024.
         batch_size: books in a batch; default 32.
         test_examples: books for each of `test_entries`; default 500.
-        seed: all randomness of the data follows from it; default 0.
     """
 
     name = "phone_book"
+    level = "entries"
 
-    def __init__(
-        self,
-        *,
-        entries: int | list[int] = 32,
-        test_entries: int | list[int] | None = None,
-        digits: int = 4,
-        asked: int = 1,
-        names: int = 1024,
-        batch_size: int = 32,
-        test_examples: int = 500,
-        seed: int = 0,
-    ) -> None:
-        levels = as_list(entries)
-        tests = levels if test_entries is None else as_list(test_entries)
-        if digits < 1 or asked < 1:
-            raise ValueError(f"digits ({digits}) and asked ({asked}) must be at least 1")
-        fewest, most = min(*levels, *tests), max(*levels, *tests)
-        if not asked <= fewest <= most <= names:
+    entries: int | list[int] = 32
+    test_entries: int | list[int] | None = None
+    digits: int = 4
+    asked: int = 1
+    names: int = 1024
+    batch_size: int = 32
+    test_examples: int = 500
+    seq_len: int = field(init=False)
+    vocab_size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        tested = self.entries if self.test_entries is None else self.test_entries
+        most = max([*as_list(self.entries), *as_list(tested)], default=0)
+        self.seq_len, self.vocab_size = self._positions(most), DIGITS + 1 + self.names
+        if self.digits < 1 or self.asked < 1:
+            raise ValueError(f"digits ({self.digits}) and asked ({self.asked}) must be at least 1")
+        super().__post_init__()
+
+    def check(self, level: int) -> None:
+        """Raises `ValueError` if a book has fewer entries than questions, or more than names."""
+        if not self.asked <= level <= self.names:
             raise ValueError(
-                f"entries ({fewest} to {most}) must be from asked ({asked}) to names ({names})"
+                f"entries ({level}) must be from asked ({self.asked}) to names ({self.names})"
             )
-        super().__init__(
-            vocab_size=DIGITS + 1 + names,
-            seq_len=(digits + 1) * (most + asked),
-            batch_size=batch_size,
-            seed=seed,
-            train_levels=levels,
-            test_levels=tests,
-            test_examples=test_examples,
-        )
-        self.digits, self.asked, self.names = digits, asked, names
+
+    def _positions(self, entries: int) -> int:
+        return (self.digits + 1) * (entries + self.asked)
 
     @property
     def chance_level(self) -> float:
@@ -332,55 +326,54 @@ class PhoneBook(RecallTask):
     def slice_values(self) -> Mapping[str, Sequence[int]]:
         """The values each slice can take; of a bucketed slice, the largest."""
         entries = sorted({*self.train_levels, *self.test_levels})
-        lengths = [(self.digits + 1) * (count + self.asked) for count in entries]
+        lengths = [self._positions(count) for count in entries]
         slices = {"entries": entries, "length": lengths, "gap": [self.seq_len]}
         return {**slices, "turn": range(self.asked + 1)}
 
 
+@dataclass(kw_only=True, eq=False)
 class CompositionalMQAR(RecallTask):
     """MQAR whose keys are pairs of tokens: see `make_compositional_mqar`.
+
+    Other options are those of `RecallTask`.
 
     Args:
         seq_len: L; default 64.
         pairs: K, a square, or several of them: each training batch holds one; default 9.
         test_pairs: values of K to evaluate; the training values by default.
-        vocab_size: V; default 255.
-        power: how evenly queries are spread; 1 is evenly, the default is the public code's.
-        batch_size: examples in a batch; default 64.
-        test_examples: examples for each of `test_pairs`; default 1000.
-        seed: all randomness of the data follows from it; default 0.
+        vocab_size: V, a third of it values; default 255.
+        power: how evenly queries are spread; 1 is evenly, default 0.01 as in the public code.
     """
 
     name = "compositional_mqar"
+    level = "pairs"
 
-    def __init__(
-        self,
-        *,
-        seq_len: int = 64,
-        pairs: int | list[int] = 9,
-        test_pairs: int | list[int] | None = None,
-        vocab_size: int = 255,
-        power: float = POWER,
-        batch_size: int = 64,
-        test_examples: int = 1000,
-        seed: int = 0,
-    ) -> None:
-        levels = as_list(pairs)
-        tests = levels if test_pairs is None else as_list(test_pairs)
-        super().__init__(
-            vocab_size=vocab_size,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            seed=seed,
-            train_levels=levels,
-            test_levels=tests,
-            test_examples=test_examples,
-        )
-        if not power > 0:
-            raise ValueError(f"power ({power}) must be positive; 1 spreads the queries evenly")
-        for level in [*levels, *tests]:
-            _check_compositional(vocab_size, seq_len, level)
-        self.power = power
+    seq_len: int = 64
+    pairs: int | list[int] = 9
+    test_pairs: int | list[int] | None = None
+    vocab_size: int = 255
+    power: float = POWER
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        if not self.power > 0:
+            raise ValueError(f"power ({self.power}) must be positive; 1 spreads the queries evenly")
+        super().__post_init__()
+
+    def check(self, level: int) -> None:
+        """Raises `ValueError`, with the arithmetic, if no sequences of K pairs can be made."""
+        side, third = isqrt(max(level, 0)), self.vocab_size // 3
+        if level < 1 or side * side != level:
+            raise ValueError(
+                f"pairs ({level}) must be a square, such as 4, 9 or 16: a grid of keys"
+            )
+        if 6 * level > self.seq_len:
+            raise ValueError(f"seq_len ({self.seq_len}) must be at least 6 * pairs = {6 * level}")
+        if side > third - 1 or level > self.vocab_size - 2 * third:
+            raise ValueError(
+                f"vocab_size ({self.vocab_size}) must hold {side} keys and {level} values in its "
+                f"thirds; use vocab_size >= {3 * max(side + 1, level)}"
+            )
 
     @property
     def chance_level(self) -> float:
@@ -388,13 +381,9 @@ class CompositionalMQAR(RecallTask):
         return 1 / (self.vocab_size - 2 * (self.vocab_size // 3))
 
     def facts(self) -> Facts:
-        """What to record with a run, so that its numbers can be read later."""
+        """What to record with a run; a guesser that looks at one of two keys reaches 1/g."""
         half_known = sum(1 / isqrt(level) for level in self.test_levels) / len(self.test_levels)
-        return super().facts() | {
-            "guess_level_from_one_key": half_known,
-            "perfect_level": 1.0,
-            "power": self.power,
-        }
+        return super().facts() | {"guess_level_from_one_key": half_known, "power": self.power}
 
     def make(self, rng: np.random.Generator, n: int, level: int) -> Batch:
         """Makes `n` examples with `level` pairs from `rng` alone."""
@@ -403,69 +392,50 @@ class CompositionalMQAR(RecallTask):
 
     def slice_values(self) -> Mapping[str, Sequence[int]]:
         """The values each slice can take; of a bucketed slice, the largest."""
-        pairs = sorted({*self.train_levels, *self.test_levels})
-        return {"pairs": pairs, "length": [self.seq_len], "gap": [self.seq_len]}
+        return {**super().slice_values(), "gap": [self.seq_len]}
 
 
-def _check_compositional(vocab_size: int, seq_len: int, pairs: int) -> None:
-    side, third = isqrt(max(pairs, 0)), vocab_size // 3
-    if pairs < 1 or side * side != pairs:
-        raise ValueError(f"pairs ({pairs}) must be a square, such as 4, 9 or 16: a grid of keys")
-    if 6 * pairs > seq_len:
-        raise ValueError(f"seq_len ({seq_len}) must be at least 6 * pairs = {6 * pairs}")
-    if side > third - 1 or pairs > vocab_size - 2 * third:
-        raise ValueError(
-            f"vocab_size ({vocab_size}) must hold {side} keys and {pairs} values in its thirds; "
-            f"use vocab_size >= {3 * max(side + 1, pairs)}"
-        )
-
-
+@dataclass(kw_only=True, eq=False)
 class SetDisjointness(RecallTask):
     """Which token two sets share: see `make_set_disjointness`.
 
-    Sizes of training and of tests are the paper's (arXiv 2407.05483), each in both orders, at a
-    fraction that fits a laptop; there up to 256 and 768 tokens.
+    Sizes are the smaller ones of arXiv 2407.05483, each in both orders; there up to 256 tokens in
+    training and 768 in tests. Other options are those of `RecallTask`.
 
     Args:
         sizes: pairs of |A| and |B| for training, each batch of one; each stands for both orders.
             Default [[4, 16], [8, 32], [16, 64]].
         test_sizes: pairs to evaluate, in both orders; those of training by default.
         vocab_size: V; default 2048.
-        batch_size: examples in a batch; default 64.
         test_examples: examples for each pair and order; default 500.
-        seed: all randomness of the data follows from it; default 0.
     """
 
     name = "set_disjointness"
+    level = "size"
 
-    def __init__(
-        self,
-        *,
-        sizes: Sequence[Sequence[int]] = ((4, 16), (8, 32), (16, 64)),
-        test_sizes: Sequence[Sequence[int]] | None = None,
-        vocab_size: int = 2048,
-        batch_size: int = 64,
-        test_examples: int = 500,
-        seed: int = 0,
-    ) -> None:
-        tests = sizes if test_sizes is None else test_sizes
-        for size in [*sizes, *tests]:
-            if len(size) != 2 or min(size) < 1 or sum(size) > vocab_size - SPECIAL:
+    sizes: Sequence[Sequence[int]] = ((4, 16), (8, 32), (16, 64))
+    test_sizes: Sequence[Sequence[int]] | None = None
+    vocab_size: int = 2048
+    test_examples: int = 500
+    seq_len: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        tests = self.sizes if self.test_sizes is None else self.test_sizes
+        for size in [*self.sizes, *tests]:
+            if len(size) != 2 or min(size) < 1 or sum(size) > self.vocab_size - SPECIAL:
                 raise ValueError(
-                    f"sizes must be pairs of 1 or more, together at most {vocab_size - SPECIAL}, "
-                    f"vocab_size less {SPECIAL}; got {list(size)}"
+                    f"sizes must be pairs of 1 or more, together at most "
+                    f"{self.vocab_size - SPECIAL}, vocab_size less {SPECIAL}; got {list(size)}"
                 )
-        both = [_both_orders(sizes), _both_orders(tests)]
+        both = [_both_orders(sizes) for sizes in (self.sizes, tests)]
         self.orders = sorted({order for orders in both for order in orders})
-        super().__init__(
-            vocab_size=vocab_size,
-            seq_len=max(map(sum, self.orders)) + 3,
-            batch_size=batch_size,
-            seed=seed,
-            train_levels=[self.orders.index(order) for order in both[0]],
-            test_levels=[self.orders.index(order) for order in both[1]],
-            test_examples=test_examples,
-        )
+        self.size, self.test_size = ([self.orders.index(o) for o in orders] for orders in both)
+        self.seq_len = max(map(sum, self.orders), default=0) + 3
+        super().__post_init__()
+
+    def check(self, level: int) -> None:
+        """All sizes were checked."""
 
     @property
     def chance_level(self) -> float:

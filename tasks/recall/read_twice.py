@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from mneme.tasks.base import IGNORE, Batch, Facts
+from mneme.tasks.base import IGNORE, Batch, Facts, Task
 from mneme.tasks.recall.base import RecallTask
 
 
@@ -20,18 +20,22 @@ class ReadTwice(RecallTask):
         task: what is read; its batches, levels and seed are this one's.
     """
 
+    level = "level"  # whatever is the task's
+
     def __init__(self, task: RecallTask) -> None:
-        super().__init__(
+        Task.__init__(
+            self,
             vocab_size=task.vocab_size,
             seq_len=2 * task.seq_len,
             batch_size=task.batch_size,
             seed=task.seed,
-            train_levels=task.train_levels,
-            test_levels=task.test_levels,
-            test_examples=task.test_examples,
         )
-        self.task = task
-        self.name = f"{task.name}_twice"
+        self.task, self.name = task, f"{task.name}_twice"
+        self.train_levels, self.test_levels = task.train_levels, task.test_levels
+        self.test_examples = task.test_examples
+
+    def check(self, level: int) -> None:
+        """The task has checked its levels."""
 
     @property
     def chance_level(self) -> float:
@@ -40,7 +44,7 @@ class ReadTwice(RecallTask):
 
     def facts(self) -> Facts:
         """Those of the task, and what is this one's."""
-        return self.task.facts() | super().facts()
+        return self.task.facts() | Task.facts(self)
 
     def train_batch(self, index: int) -> Batch:
         """The task's training batch, read twice."""

@@ -20,8 +20,8 @@ SMALL_MQAR = ("task.seq_len=16", "task.pairs=2", "task.test_pairs=[2]", "task.ba
 SMALL_NEEDLE = ("task.seq_len=32", "task.batch_size=2", "task.test_examples=2")
 SMALL_MAD = ("task.seq_len=32", "task.train_examples=4", "task.batch_size=2",
              "task.test_examples=2")  # fmt: skip
-SMALL_TRACKING = ("task.train_length=[2,4]", "task.test_length=[4]", "task.batch_size=2",
-                  "task.test_examples=2")  # fmt: skip
+SMALL_TRACKING = ("task.min_length=2", "task.max_length=4", "task.test_length=[4]",
+                  "task.batch_size=2", "task.test_examples=2")  # fmt: skip
 SMALL_FACTS = ("task.subjects=20", "task.objects=8", "task.batch_size=8")
 SMALL_RARE = (
     "task.library.subjects=32",
@@ -54,14 +54,14 @@ SMALL_TASK = {
     "mad_fuzzy_recall": SMALL_MAD,
     "mad_copying": (*SMALL_MAD, "task.copied=4"),
     "mad_memorization": SMALL_MAD,
-    "induction": ("task.train_length=16", "task.test_length=[8]", "task.test_examples=2"),
+    "induction": ("task.length=16", "task.test_length=[8]", "task.test_examples=2"),
     "phone_book": ("task.entries=4", "task.test_entries=4", "task.batch_size=2"),
     "mqar_compositional": ("task.batch_size=2", "task.test_examples=2"),
     "mqar_twice": ("task.task.batch_size=2", "task.task.test_examples=2"),
     "set_disjointness": ("task.sizes=[[2,3]]", "task.test_sizes=[[2,3]]", "task.batch_size=2"),
     "set_disjointness_twice": ("task.task.batch_size=2", "task.task.test_examples=2"),
     "phone_book_turns": ("task.entries=6", "task.test_entries=6", "task.batch_size=2"),
-    "copying": ("task.train_length=4", "task.test_length=4", "task.batch_size=2"),
+    "copying": ("task.length=4", "task.test_length=4", "task.batch_size=2"),
     "list_ops": ("task.batch_size=2", "task.test_examples=2"),
     "digits": ("task.batch_size=2",),
     "path_star": ("task.batch_size=2", "task.test_examples=2"),

@@ -83,7 +83,7 @@ def test_a_solver_is_right_and_examples_stay_what_they_are(name):
 
 
 def test_the_mark_of_induction_stands_anywhere_and_once_before_the_end():
-    task = Induction(train_length=8, test_length=8, vocab_size=5, batch_size=2000)
+    task = Induction(length=8, test_length=8, vocab_size=5, batch_size=2000)
     batch = task.train_batch(0)
     marks = batch.inputs == 4
     assert (marks.sum(1) == 2).all()
@@ -221,11 +221,11 @@ def test_tests_in_weights_ask_for_leaves_that_training_never_asks_for():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: Copying(test_length=0), "lengths must be 1 or more"),
+        (lambda: Copying(test_length=0), "length and test_length must be 1 or more"),
         (lambda: ListOps(depth=1), "depth .1. and arguments .10. must be at least 2"),
         (lambda: ListOps(shortest=200), "shortest .200. must be from 1 to below seq_len .128."),
-        (lambda: Induction(test_length=2), "lengths must be at least 3"),
-        (lambda: PhoneBook(entries=4, asked=5), "entries .4 to 4. must be from asked .5."),
+        (lambda: Induction(test_length=2), "length and test_length must be at least 3"),
+        (lambda: PhoneBook(entries=4, asked=5), "entries .4. must be from asked .5."),
         (lambda: PhoneBook(digits=0), "must be at least 1"),
         (lambda: CompositionalMQAR(pairs=8), "pairs .8. must be a square"),
         (lambda: CompositionalMQAR(pairs=16), "must be at least 6 . pairs = 96"),

@@ -43,7 +43,9 @@ def test_a_solver_is_right_and_examples_stay_what_they_are(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_lengths_are_those_asked_for_and_tests_go_beyond_training(kind):
-    task = KINDS[kind][0](train_length=[3, 5], test_length=[8], batch_size=2, test_examples=4)
+    task = KINDS[kind][0](
+        min_length=3, max_length=5, test_length=[8], batch_size=2, test_examples=4
+    )
     lengths = {int(task.train_batch(i).slices["length"][0]) for i in range(60)}
     assert lengths == {3, 4, 5}
     (batch,) = list(task.eval_batches("val"))[:1]
@@ -127,7 +129,7 @@ def test_words_are_multiplied_from_the_left():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: Parity(train_length=[5, 3]), "train_length must be the least and the greatest"),
+        (lambda: Parity(min_length=50), "min_length .50. must be from 1 to max_length .40."),
         (lambda: Parity(test_length=[0]), "test_length must hold lengths of 1 or more"),
         (lambda: ModularArithmetic(modulus=1), "modulus .1. must be at least 2"),
     ],
