@@ -117,7 +117,13 @@ MIXERS = {
     ),
     "atlas": (  # OmegaNet with momentum and Newton-Schulz
         layers.TestTimeMemory,
-        {"rule.window": 4, "features.degree": 2, "rule.momentum": True, "rule.orthogonal": True},
+        {
+            "rule.window": 4,
+            "features.degree": 2,
+            "rule.momentum": True,
+            "rule.orthogonal": True,
+            "rule.outer_lr": True,
+        },
     ),
     "titans_mac": (layers.MemoryAsContext, {"memory.rule.memory": test_time.MLP(depth=2)}),
     "titans_mag": (layers.MemoryAsGate, {"memory.rule.memory": test_time.MLP(depth=2)}),

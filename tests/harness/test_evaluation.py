@@ -10,7 +10,7 @@ from lightning.pytorch.plugins.precision import Precision
 from mneme.harness.config.build import build
 from mneme.harness.config.check import ConfigError
 from mneme.harness.config.compose import compose_checked
-from mneme.harness.evaluate.eval_command import evaluate_command
+from mneme.harness.evaluate.eval_command import _number, evaluate_command
 from mneme.harness.evaluate.evaluation import evaluate, lengthened, restore_model
 from mneme.harness.run.checkpoints import read_checkpoint
 from mneme.harness.run.jobs import start_run
@@ -222,3 +222,12 @@ def test_without_a_run_the_newest_is_named(tmp_path, monkeypatch):
         os.utime(summary, (1e9 - age, 1e9 - age))
     with pytest.raises(ConfigError, match=r"The newest is run=runs/a_sweep/3$"):
         evaluate_command(["split=val"])
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, ""), (2.0, "2"), (12345.0, "12,345"), (1.0, "1.0000"), (0.5, "0.5000"), (2.25, "2.2500"),
+     (float("nan"), "nan"), (float("inf"), "inf")],
+)  # fmt: skip
+def test_counts_are_shown_whole_and_shares_with_four_digits(value, shown):
+    assert _number(value) == shown

@@ -14,7 +14,7 @@ from mneme.harness.config.check import ConfigError
 from mneme.harness.config.compose import compose_checked
 from mneme.harness.evaluate.eval_command import evaluate_command
 from mneme.harness.evaluate.evaluation import evaluate, restore_model
-from mneme.harness.evaluate.surprise_page import Section, Token, page
+from mneme.harness.evaluate.surprise_page import Section, Token, _scale, page
 from mneme.harness.evaluate.telemetry import PIECE, record_trace, tokens_of
 from mneme.harness.run.checkpoints import read_checkpoint
 from mneme.harness.run.jobs import start_run
@@ -292,3 +292,10 @@ def test_a_page_of_one_token_and_of_equal_values_can_be_drawn():
         assert "a&lt;b" in text
         assert "\x00" not in text
         assert "nan" not in text
+
+
+def test_the_scale_says_what_lies_beyond_its_ends():
+    labels = re.findall(r">([^<]+)</span>", _scale(1.0, 3.0))
+    assert labels[0] == "1 or less"
+    assert labels[-1] == "3 or more"
+    assert [float(label) for label in labels[1:-1]] == sorted(map(float, labels[1:-1]))
