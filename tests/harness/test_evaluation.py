@@ -226,7 +226,8 @@ def test_without_a_run_the_newest_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(None, ""), (2.0, "2"), (12345.0, "12,345"), (1.0, "1.0000"), (0.5, "0.5000"), (2.25, "2.2500"),
+    [(None, ""), (2.0, "2"), (12345.0, "12,345"), (1.0, "1.0000"), (0.5, "0.5000"), (2.25,
+    "2.2500"),
      (float("nan"), "nan"), (float("inf"), "inf")],
 )  # fmt: skip
 def test_counts_are_shown_whole_and_shares_with_four_digits(value, shown):
