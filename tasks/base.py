@@ -86,8 +86,9 @@ class Task(ABC):
     Attributes:
         trainer: the run that reads batches, for their order; None reads all of them from the first.
         name: short name for tables and run directories.
-        monitor: the metric that tells two models apart, a key of `metrics().compute()`.
-        monitor_mode: whether a larger (`"max"`) or a smaller (`"min"`) value is better.
+        monitor: the metric that tells two models apart, a key of `metrics().compute()`; default
+            accuracy.
+        monitor_mode: whether a larger (`"max"`, default) or a smaller (`"min"`) value is better.
         continues: whether each evaluation batch continues the sequences of the one before, so
             that a model's state may be carried over; if not, examples are independent.
         leaves: routes of batches are below this number, that of a memory bank's leaves; None if
@@ -95,14 +96,14 @@ class Task(ABC):
 
     Args:
         vocab_size: token ids are in `[0, vocab_size)`.
-        seq_len: the longest sequence the task hands out unless asked for longer ones.
+        seq_len: the longest sequence of training, and of evaluation at its own length.
         batch_size: examples in a training batch.
         seed: all randomness of the data follows from it; in `[0, 2**32)`.
     """
 
     name: str
-    monitor: str
-    monitor_mode: Literal["min", "max"]
+    monitor: str = "accuracy"
+    monitor_mode: Literal["min", "max"] = "max"
     continues: bool = False
     leaves: int | None = None
     trainer: Training | None = None
@@ -186,7 +187,7 @@ class Task(ABC):
         return ""
 
     def facts(self) -> Facts:
-        """What to record with a run, so that its numbers can be read later."""
+        """What to record with a run, so that its results can be read later."""
         return {
             "task": self.name,
             "vocab_size": self.vocab_size,
@@ -277,5 +278,5 @@ def _as_is(batch: Any) -> Any:
 
 
 def as_list(values: int | Iterable[int]) -> list[int]:
-    """One number, or several in any sequence type, as a list."""
+    """One integer, or several in any iterable, as a list."""
     return [values] if isinstance(values, int) else [int(value) for value in values]

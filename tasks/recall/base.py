@@ -2,15 +2,17 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from mneme.tasks.base import Batch, BatchSet, EvalSplit, Task
+from mneme.tasks.base import Batch, BatchSet, EvalSplit, Facts, Task, as_list
 from mneme.tasks.batch import cut
 from mneme.tasks.metrics import Metrics, RecallMetrics
 
 
+@dataclass(kw_only=True, eq=False)
 class RecallTask(Task):
     """A generator of examples at integer levels of difficulty.
 
@@ -19,49 +21,80 @@ class RecallTask(Task):
     size. Training data are made as they are needed and never repeat, so nothing can be learnt
     by heart.
 
+    A subclass is a dataclass whose fields are its options. `level` names the one that is the level
+    of difficulty: an integer, or a list of them of which each training batch holds one, drawn
+    evenly. `test_<level>` lists those to evaluate, at the same length, and is None for the training
+    levels.
+
     Args:
-        vocab_size: token ids are in `[0, vocab_size)`.
-        seq_len: length of every sequence.
-        batch_size: examples in a batch.
-        seed: all randomness of the data follows from it.
-        train_levels: levels that training batches are drawn from, equally often.
-        test_levels: levels of the validation and test sets.
-        test_examples: examples per level, in each of the two sets.
+        seq_len: L, length of every sequence.
+        vocab_size: V, token ids are in `[0, V)`; half of them are values.
+        batch_size: examples in a batch; default 64.
+        test_examples: examples per test level, in each of the validation and the test set; default
+            1000.
+        seed: all randomness of the data follows from it; default 0.
+
+    Raises:
+        ValueError: an option is out of range, or a level does not fit the others.
     """
 
-    monitor = "accuracy"
-    monitor_mode: Literal["min", "max"] = "max"
+    level: ClassVar[str]
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        seq_len: int,
-        batch_size: int,
-        seed: int,
-        train_levels: Sequence[int],
-        test_levels: Sequence[int],
-        test_examples: int,
-    ) -> None:
-        super().__init__(vocab_size=vocab_size, seq_len=seq_len, batch_size=batch_size, seed=seed)
-        if not train_levels or not test_levels:
+    seq_len: int
+    vocab_size: int
+    batch_size: int = 64
+    test_examples: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the options, and every level with them."""
+        super().__init__(
+            vocab_size=self.vocab_size,
+            seq_len=self.seq_len,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+        trained, tested = getattr(self, self.level), getattr(self, f"test_{self.level}")
+        self.train_levels = as_list(trained)
+        self.test_levels = as_list(trained if tested is None else tested)
+        if not self.train_levels or not self.test_levels:
             raise ValueError(
-                f"a recall task needs at least one level to train on (got {list(train_levels)}) "
-                f"and one to test on (got {list(test_levels)})"
+                f"a recall task needs at least one level to train on (got {self.train_levels}) "
+                f"and one to test on (got {self.test_levels})"
             )
-        if test_examples < 1:
-            raise ValueError(f"test_examples ({test_examples}) must be at least 1")
-        self.train_levels = list(train_levels)
-        self.test_levels = list(test_levels)
-        self.test_examples = test_examples
+        if self.test_examples < 1:
+            raise ValueError(f"test_examples ({self.test_examples}) must be at least 1")
+        for level in self.train_levels + self.test_levels:
+            self.check(level)
+
+    @abstractmethod
+    def check(self, level: int) -> None:
+        """Raises `ValueError`, with the arithmetic, if no sequences of a level can be made."""
 
     @abstractmethod
     def make(self, rng: np.random.Generator, n: int, level: int) -> Batch:
         """Makes `n` examples of one level from `rng` alone."""
 
-    @abstractmethod
     def slice_values(self) -> Mapping[str, Sequence[int]]:
         """The values each slice can take; of a bucketed slice, the largest."""
+        return {
+            self.level: sorted({*self.train_levels, *self.test_levels}),
+            "length": [self.seq_len],
+        }
+
+    @property
+    def chance_level(self) -> float:
+        """Accuracy of guessing among all V/2 values."""
+        return 1 / (self.vocab_size // 2)
+
+    def facts(self) -> Facts:
+        """What to record with a run, so that its results can be read later."""
+        return super().facts() | {
+            "perfect_level": 1.0,
+            f"train_{self.level}": str(self.train_levels),
+            f"test_{self.level}": str(self.test_levels),
+            "test_examples_per_level": self.test_examples,
+        }
 
     def draw(self, rng: np.random.Generator) -> Batch:
         """One training batch: a level, then examples of it, both from `rng` alone."""

@@ -6,13 +6,21 @@ B examples, L length, K pairs, U rewrites in each of R rounds, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from mneme.tasks.base import Batch, EvalSplit, Facts, as_list
-from mneme.tasks.recall.base import RecallTask
-from mneme.tasks.recall.mqar import POWER, Shown, ask, at_queries, check_keys, interleaved
+from mneme.tasks.base import Batch, EvalSplit, Facts
+from mneme.tasks.recall.mqar import (
+    POWER,
+    PairsTask,
+    Shown,
+    ask,
+    at_queries,
+    check_keys,
+    interleaved,
+)
 from mneme.tasks.recall.sampling import Ints, distinct
 
 Rewrites = int | float | Literal["all"]
@@ -140,7 +148,8 @@ def rewritten_keys(rewrites: Rewrites, pairs: int) -> int:
     return max(1, round(rewrites * pairs))
 
 
-class ForgettingMQAR(RecallTask):
+@dataclass(kw_only=True, eq=False)
+class ForgettingMQAR(PairsTask):
     """Recall of the last value of keys that are written more than once.
 
     See `make_forgetting_mqar` for the sequences. A memory that only adds up what it is shown
@@ -153,65 +162,30 @@ class ForgettingMQAR(RecallTask):
     a key drawn apart, even the one that its own key had. Training data never repeat and
     random filler never repeats a key, as in `MQAR`. Queries are spread as by default there.
 
+    Other options are those of `PairsTask` and `RecallTask`.
+
     Args:
-        seq_len: L, even.
-        pairs: K, or several values of it: each training batch holds one, drawn evenly.
-        test_pairs: values of K to evaluate, at the same length; the training values by default.
+        seq_len: L, even; default 128.
         rewrites: keys that each round writes again: a number, a share of the K keys between 0 and
-            1 (rounded, at least one key), or `"all"`.
-        rounds: how many times so many keys are written again, drawn afresh each time.
-        vocab_size: V, even; half keys and half values.
-        random_filler: random tokens instead of token 0 between the queries.
-        batch_size: examples in a batch.
-        test_examples: examples for each of `test_pairs`, in each of the two evaluation sets.
-        seed: all randomness of the data follows from it.
+            1 (rounded, at least one key; default 0.5), or `"all"`.
+        rounds: how many times so many keys are written again, drawn afresh each time; default 1.
     """
 
     name = "forgetting_mqar"
 
-    def __init__(
-        self,
-        *,
-        seq_len: int = 128,
-        pairs: int | list[int] = 8,
-        test_pairs: list[int] | None = None,
-        rewrites: Rewrites = 0.5,
-        rounds: int = 1,
-        vocab_size: int = 256,
-        random_filler: bool = False,
-        batch_size: int = 64,
-        test_examples: int = 1000,
-        seed: int = 0,
-    ) -> None:
-        train_levels = as_list(pairs)
-        super().__init__(
-            vocab_size=vocab_size,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            seed=seed,
-            train_levels=train_levels,
-            test_levels=train_levels if test_pairs is None else as_list(test_pairs),
-            test_examples=test_examples,
+    seq_len: int = 128
+    rewrites: Rewrites = 0.5
+    rounds: int = 1
+
+    def check(self, level: int) -> None:
+        """Raises `ValueError`, with the arithmetic, if no sequences of K pairs can be made."""
+        check_forgetting_mqar(
+            vocab_size=self.vocab_size,
+            seq_len=self.seq_len,
+            pairs=level,
+            rewrites=rewritten_keys(self.rewrites, level),
+            rounds=self.rounds,
         )
-        for level in self.train_levels + self.test_levels:
-            check_forgetting_mqar(
-                vocab_size=vocab_size,
-                seq_len=seq_len,
-                pairs=level,
-                rewrites=rewritten_keys(rewrites, level),
-                rounds=rounds,
-            )
-        self.rewrites = rewrites
-        self.rounds = rounds
-        self.random_filler = random_filler
-
-    @property
-    def chance_level(self) -> float:
-        """Accuracy of guessing among all V/2 values.
-
-        A guesser that always says the last value written in the context reaches 1/K: see `facts`.
-        """
-        return 1 / (self.vocab_size // 2)
 
     @property
     def first_value_level(self) -> float:
@@ -230,18 +204,11 @@ class ForgettingMQAR(RecallTask):
         return super().baselines(split) | {"the first value": self.first_value_level}
 
     def facts(self) -> Facts:
-        """What to record with a run, so that its numbers can be read later."""
-        context_guess = sum(1 / level for level in self.test_levels) / len(self.test_levels)
+        """What to record with a run, so that its results can be read later."""
         return super().facts() | {
-            "guess_level_from_context": context_guess,
             "first_value_level": self.first_value_level,
-            "perfect_level": 1.0,
-            "train_pairs": str(self.train_levels),
-            "test_pairs": str(self.test_levels),
-            "test_examples_per_level": self.test_examples,
             "rewrites": str(self.rewrites),
             "rounds": self.rounds,
-            "random_filler": str(self.random_filler),
         }
 
     def make(self, rng: np.random.Generator, n: int, level: int) -> Batch:
@@ -259,9 +226,4 @@ class ForgettingMQAR(RecallTask):
 
     def slice_values(self) -> Mapping[str, Sequence[int]]:
         """The values each slice can take; of a bucketed slice, the largest."""
-        return {
-            "pairs": sorted({*self.train_levels, *self.test_levels}),
-            "length": [self.seq_len],
-            "gap": [self.seq_len],
-            "rewritten": range(self.rounds + 1),
-        }
+        return {**super().slice_values(), "rewritten": range(self.rounds + 1)}

@@ -1,7 +1,6 @@
 """One model, several recall tasks: trained on some segments, tested on the same or others."""
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,8 +37,6 @@ class RecallMixture(Task):
     """
 
     name = "recall_mixture"
-    monitor = "accuracy"
-    monitor_mode: Literal["min", "max"] = "max"
 
     def __init__(
         self,
@@ -76,7 +73,7 @@ class RecallMixture(Task):
         return sum(task.chance_level for task in self.test_segments) / len(self.test_segments)
 
     def facts(self) -> Facts:
-        """What to record with a run, so that its numbers can be read later."""
+        """What to record with a run, so that its results can be read later."""
         return super().facts() | {
             "train_segments": str(
                 [_label(task, task.train_levels) for task in self.train_segments]

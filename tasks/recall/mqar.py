@@ -5,13 +5,14 @@ https://arxiv.org/abs/2312.04927. B examples, L length, K pairs, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mneme.tasks.base import IGNORE, Batch, Facts, as_list
+from mneme.tasks.base import IGNORE, Batch, Facts
 from mneme.tasks.recall.base import RecallTask
 from mneme.tasks.recall.sampling import Ints, distinct, weighted
 
@@ -207,78 +208,74 @@ def solve_mqar(inputs: Tensor) -> Tensor:
     return answers
 
 
-class MQAR(RecallTask):
+@dataclass(kw_only=True, eq=False)
+class PairsTask(RecallTask):
+    """What tasks of key-value pairs share; the level is K.
+
+    Args:
+        seq_len: L, even; default 64.
+        vocab_size: V, even; half keys and half values; default 256. The paper uses 8192.
+        pairs: K, or several values of it; default 8.
+        test_pairs: values of K to evaluate; default those of `pairs`. To evaluate other lengths,
+            see `RecallMixture`.
+        random_filler: random tokens instead of token 0 between the queries; default false.
+    """
+
+    level = "pairs"
+
+    seq_len: int = 64
+    vocab_size: int = 256
+    pairs: int | list[int] = 8
+    test_pairs: list[int] | None = None
+    random_filler: bool = False
+
+    def facts(self) -> Facts:
+        """What to record with a run, so that its results can be read later.
+
+        A guesser that has noticed which values the context shows reaches 1/K, and one that always
+        says a fixed value of the context, such as the last, does as well.
+        """
+        context_guess = sum(1 / level for level in self.test_levels) / len(self.test_levels)
+        return super().facts() | {
+            "guess_level_from_context": context_guess,
+            "random_filler": str(self.random_filler),
+        }
+
+    def slice_values(self) -> Mapping[str, Sequence[int]]:
+        """The values each slice can take; of a bucketed slice, the largest."""
+        return {**super().slice_values(), "gap": [self.seq_len]}
+
+
+@dataclass(kw_only=True, eq=False)
+class MQAR(PairsTask):
     """Multi-query associative recall: see `make_mqar` for the sequences.
 
     Differs from the public code in that training data never repeat (there: 100,000 examples seen
     64 times) and random filler never repeats a key.
 
+    Other options are those of `PairsTask` and `RecallTask`.
+
     Args:
-        seq_len: L, even.
-        pairs: K, or several values of it: each training batch holds one, drawn evenly.
-        test_pairs: values of K to evaluate, at the same length; the training values by default.
-            To evaluate other lengths, see `RecallMixture`.
-        vocab_size: V, even; half keys and half values. The paper uses 8192.
-        power: how evenly queries are spread; 1 is evenly, the default is the paper's.
-        random_filler: random tokens instead of token 0 between the queries.
-        batch_size: examples in a batch.
-        test_examples: examples for each of `test_pairs`, in each of the two evaluation sets.
-        seed: all randomness of the data follows from it.
+        power: how evenly queries are spread; 1 is evenly, default 0.01 as in the paper.
     """
 
     name = "mqar"
 
-    def __init__(
-        self,
-        *,
-        seq_len: int = 64,
-        pairs: int | list[int] = 8,
-        test_pairs: list[int] | None = None,
-        vocab_size: int = 256,
-        power: float = POWER,
-        random_filler: bool = False,
-        batch_size: int = 64,
-        test_examples: int = 1000,
-        seed: int = 0,
-    ) -> None:
-        train_levels = as_list(pairs)
-        super().__init__(
-            vocab_size=vocab_size,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            seed=seed,
-            train_levels=train_levels,
-            test_levels=train_levels if test_pairs is None else as_list(test_pairs),
-            test_examples=test_examples,
-        )
-        if not power > 0:
-            raise ValueError(f"power ({power}) must be positive; 1 spreads the queries evenly")
-        for level in self.train_levels + self.test_levels:
-            check_mqar(vocab_size=vocab_size, seq_len=seq_len, pairs=level)
-        self.power = power
-        self.random_filler = random_filler
+    power: float = POWER
 
-    @property
-    def chance_level(self) -> float:
-        """Accuracy of guessing among all V/2 values.
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        if not self.power > 0:
+            raise ValueError(f"power ({self.power}) must be positive; 1 spreads the queries evenly")
+        super().__post_init__()
 
-        A guesser that has noticed which values the context shows reaches 1/K, and one that
-        always says a fixed value of the context does as well: see `facts`.
-        """
-        return 1 / (self.vocab_size // 2)
+    def check(self, level: int) -> None:
+        """Raises `ValueError`, with the arithmetic, if no sequences of K pairs can be made."""
+        check_mqar(vocab_size=self.vocab_size, seq_len=self.seq_len, pairs=level)
 
     def facts(self) -> Facts:
-        """What to record with a run, so that its numbers can be read later."""
-        context_guess = sum(1 / level for level in self.test_levels) / len(self.test_levels)
-        return super().facts() | {
-            "guess_level_from_context": context_guess,
-            "perfect_level": 1.0,
-            "train_pairs": str(self.train_levels),
-            "test_pairs": str(self.test_levels),
-            "test_examples_per_level": self.test_examples,
-            "power": self.power,
-            "random_filler": str(self.random_filler),
-        }
+        """What to record with a run, so that its results can be read later."""
+        return super().facts() | {"power": self.power}
 
     def make(self, rng: np.random.Generator, n: int, level: int) -> Batch:
         """Makes `n` examples with `level` pairs from `rng` alone."""
@@ -291,11 +288,3 @@ class MQAR(RecallTask):
             power=self.power,
             random_filler=self.random_filler,
         )
-
-    def slice_values(self) -> Mapping[str, Sequence[int]]:
-        """The values each slice can take; of a bucketed slice, the largest."""
-        return {
-            "pairs": sorted({*self.train_levels, *self.test_levels}),
-            "length": [self.seq_len],
-            "gap": [self.seq_len],
-        }

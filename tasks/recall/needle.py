@@ -6,12 +6,13 @@ B examples, L length, m tokens of the value, p period of the noise, V vocabulary
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mneme.tasks.base import IGNORE, Batch, Facts, as_list
+from mneme.tasks.base import IGNORE, Batch, Facts
 from mneme.tasks.recall.base import RecallTask
 from mneme.tasks.recall.sampling import Ints
 
@@ -143,6 +144,7 @@ def solve_needle(inputs: Tensor) -> Tensor:
     return answers
 
 
+@dataclass(kw_only=True, eq=False)
 class Needle(RecallTask):
     """A single needle in a haystack: see `make_needle` for the sequences.
 
@@ -156,65 +158,42 @@ class Needle(RecallTask):
     to notice while reading that it repeats and is worth no memory. RULER's sentences are always
     the same: `fixed_noise` does that, alike for every seed and length.
 
+    Other options are those of `RecallTask`.
+
     Args:
-        seq_len: L, at least 2m + 4.
-        value_length: m, or several values of it: each training batch holds one, drawn evenly.
-        test_value_length: values of m to evaluate, at the same length; the training values by
-            default.
-        vocab_size: V, a multiple of 4: half values, a quarter keys, the rest noise and the marker.
-        period: the noise repeats after so many tokens.
-        fixed_noise: the same noise in every example.
-        batch_size: examples in a batch.
-        test_examples: examples for each of `test_value_length`, in each of the two evaluation
-            sets.
-        seed: all randomness of the data follows from it.
+        seq_len: L, at least 2m + 4; default 512.
+        vocab_size: V, a multiple of 4: half values, a quarter keys, the rest noise and the marker;
+            default 128.
+        value_length: m, or several values of it; default 1.
+        test_value_length: values of m to evaluate; default those of `value_length`.
+        period: the noise repeats after so many tokens; default 16.
+        fixed_noise: the same noise in every example; default false.
+        batch_size: examples in a batch; default 32.
     """
 
     name = "needle"
+    level = "value_length"
 
-    def __init__(
-        self,
-        *,
-        seq_len: int = 512,
-        value_length: int | list[int] = 1,
-        test_value_length: int | list[int] | None = None,
-        vocab_size: int = 128,
-        period: int = 16,
-        fixed_noise: bool = False,
-        batch_size: int = 32,
-        test_examples: int = 1000,
-        seed: int = 0,
-    ) -> None:
-        train_levels = as_list(value_length)
-        super().__init__(
-            vocab_size=vocab_size,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            seed=seed,
-            train_levels=train_levels,
-            test_levels=train_levels if test_value_length is None else as_list(test_value_length),
-            test_examples=test_examples,
+    seq_len: int = 512
+    vocab_size: int = 128
+    value_length: int | list[int] = 1
+    test_value_length: int | list[int] | None = None
+    period: int = 16
+    fixed_noise: bool = False
+    batch_size: int = 32
+
+    def check(self, level: int) -> None:
+        """Raises `ValueError`, with the arithmetic, if no value of `level` tokens can be hidden."""
+        check_needle(
+            vocab_size=self.vocab_size,
+            seq_len=self.seq_len,
+            value_length=level,
+            period=self.period,
         )
-        for level in self.train_levels + self.test_levels:
-            check_needle(vocab_size=vocab_size, seq_len=seq_len, value_length=level, period=period)
-        self.period = period
-        self.fixed_noise = fixed_noise
-
-    @property
-    def chance_level(self) -> float:
-        """Accuracy of guessing among all V/2 values; no token but the insert's narrows it down."""
-        return 1 / (self.vocab_size // 2)
 
     def facts(self) -> Facts:
-        """What to record with a run, so that its numbers can be read later."""
-        return super().facts() | {
-            "perfect_level": 1.0,
-            "train_value_length": str(self.train_levels),
-            "test_value_length": str(self.test_levels),
-            "test_examples_per_level": self.test_examples,
-            "period": self.period,
-            "fixed_noise": str(self.fixed_noise),
-        }
+        """What to record with a run, so that its results can be read later."""
+        return super().facts() | {"period": self.period, "fixed_noise": str(self.fixed_noise)}
 
     def make(self, rng: np.random.Generator, n: int, level: int) -> Batch:
         """Makes `n` examples with a value of `level` tokens from `rng` alone."""
@@ -230,8 +209,4 @@ class Needle(RecallTask):
 
     def slice_values(self) -> Mapping[str, Sequence[int]]:
         """The values each slice can take."""
-        return {
-            "value_length": sorted({*self.train_levels, *self.test_levels}),
-            "length": [self.seq_len],
-            "depth": range(DEPTHS),
-        }
+        return {**super().slice_values(), "depth": range(DEPTHS)}

@@ -124,13 +124,6 @@ def test_the_examples_of_a_seed_never_change(seed):
     assert hashlib.sha256(content).hexdigest()[:16] == GOLDEN[seed]
 
 
-def test_the_test_set_does_not_depend_on_the_batch_size():
-    small, large = (MQAR(batch_size=size, test_examples=50) for size in (7, 50))
-    rows = [torch.cat([batch.inputs for batch in t.eval_batches("val")]) for t in (small, large)]
-    assert torch.equal(*rows)
-    assert len(rows[0]) == 50
-
-
 def test_each_training_batch_has_one_level_and_all_levels_occur():
     task = MQAR(pairs=[1, 4, 16], batch_size=8)
     levels = [task.train_batch(index).slices["pairs"].unique().tolist() for index in range(60)]

@@ -1,5 +1,4 @@
 import hashlib
-import itertools
 
 import numpy as np
 import pytest
@@ -215,30 +214,6 @@ def test_batches_are_pure_and_leave_global_random_state_alone():
     assert not torch.equal(task.train_batch(8).inputs, first.inputs)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (np.random.get_state()[1] == before[1]).all()
-
-
-@pytest.mark.parametrize("fixed_noise", [False, True])
-def test_train_val_and_test_examples_are_disjoint(fixed_noise):
-    task = Needle(batch_size=64, test_examples=256, value_length=7, fixed_noise=fixed_noise)
-    parts = {
-        "train": [task.train_batch(index) for index in range(20)],
-        "val": task.eval_batches("val"),
-        "test": task.eval_batches("test"),
-    }
-    rows = {
-        split: {tuple(row) for batch in batches for row in batch.inputs.tolist()}
-        for split, batches in parts.items()
-    }
-    assert [len(found) for found in rows.values()] == [1280, 256, 256]
-    for left, right in itertools.combinations(rows.values(), 2):
-        assert not left & right
-
-
-def test_the_test_set_does_not_depend_on_the_batch_size():
-    small, large = (Needle(batch_size=size, test_examples=50) for size in (7, 50))
-    rows = [torch.cat([batch.inputs for batch in t.eval_batches("val")]) for t in (small, large)]
-    assert torch.equal(*rows)
-    assert len(rows[0]) == 50
 
 
 def test_each_training_batch_has_one_level_and_all_levels_occur():

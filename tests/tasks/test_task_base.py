@@ -1,4 +1,5 @@
 import itertools
+from functools import partial
 from types import SimpleNamespace
 
 import lightning as L
@@ -83,8 +84,20 @@ def test_every_split_index_and_seed_has_its_own_stream():
     assert len(set(draws)) == len(draws) == 3 * 3 * 50
 
 
-def test_train_val_and_test_examples_are_disjoint():
-    task = MQAR(batch_size=64, test_examples=256)
+@pytest.mark.parametrize("make", [MQAR, Needle])
+def test_the_test_set_does_not_depend_on_the_batch_size(make):
+    small, large = (make(batch_size=size, test_examples=50) for size in (7, 50))
+    rows = [torch.cat([batch.inputs for batch in t.eval_batches("val")]) for t in (small, large)]
+    assert torch.equal(*rows)
+    assert len(rows[0]) == 50 * len(large.test_levels)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [MQAR, partial(Needle, value_length=7), partial(Needle, value_length=7, fixed_noise=True)],
+)
+def test_train_val_and_test_examples_are_disjoint(make):
+    task = make(batch_size=64, test_examples=256)
     parts = {
         "train": [task.train_batch(index) for index in range(20)],
         "val": task.eval_batches("val"),
