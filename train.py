@@ -1,7 +1,8 @@
 """Trains a model: `python train.py mixer=gated_deltanet task=mqar optimizer.lr=3e-3`.
 
 Every group of configs/ is chosen with one word and every option is set by its dotted name; `-m`
-with comma-separated values runs a sweep; `resume=<run directory>` continues a run that was stopped.
+with comma-separated values runs a sweep; `resume=<run directory>` continues a run that was stopped,
+and `resume=auto run_dir=<directory>` starts the run there or, if it was stopped, continues it.
 `python train.py --help` lists the groups.
 """
 
@@ -23,6 +24,7 @@ from omegaconf import DictConfig
 
 from mneme.harness.cli import report_errors
 from mneme.harness.config.compose import (
+    CONFIG_DIR,
     check_sweep,
     checked,
     claim_sweep,
@@ -32,7 +34,7 @@ from mneme.harness.config.compose import (
 )
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
 def job(config: DictConfig) -> None:
     """One run of a sweep."""
     from mneme.harness.run.jobs import start_job
@@ -45,7 +47,12 @@ def main(arguments: list[str]) -> None:
     """Checks the whole command line, then imports what training takes, and trains."""
     resumed = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
     others = [a for a in arguments if not a.startswith("resume=")]
-    if resumed and not others and (sweep := stopped_sweep(resumed[-1])):
+    if resumed[-1:] == ["auto"]:
+        composed = compose_checked(others)
+        from mneme.harness.run.jobs import start_or_resume
+
+        start_or_resume(composed)
+    elif resumed and not others and (sweep := stopped_sweep(resumed[-1])):
         sys.argv[1:] = sweep
         job()
     elif resumed:

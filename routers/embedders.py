@@ -1,6 +1,6 @@
 """Embedders: from texts to vectors of norm 1. They are fitted once and frozen.
 
-N texts, F hashed features, E numbers of a vector.
+N texts, F hashed features, E components of a vector.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,16 +27,16 @@ class Embedder(Protocol):
     name: ClassVar[str]
 
     def fit(self, texts: Sequence[str]) -> None:
-        """Learns from texts what `arrays` then has."""
+        """Learns from texts; `arrays` then holds what was learnt."""
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         """Vectors `[N, E]` of norm 1."""
 
     def options(self) -> dict[str, Any]:
-        """What it was made with, as JSON."""
+        """The options of its constructor, as JSON can hold them."""
 
     def arrays(self) -> Arrays:
-        """What it has learnt."""
+        """What `fit` has learnt, by name; of an embedder that learns nothing empty."""
 
     @classmethod
     def restore(cls, options: Mapping[str, Any], arrays: Arrays) -> Self:
@@ -120,7 +120,7 @@ class HashedTfidf:
         return unit(vectors, fitted.usual)
 
     def options(self) -> dict[str, Any]:
-        """What it was made with, as JSON."""
+        """The options of its constructor, as JSON can hold them."""
         return {
             "features": self.features,
             "components": self.components,

@@ -2,4 +2,4 @@
 
 
 class RouterError(ValueError):
-    """A router that cannot be made, saved, loaded or used as asked."""
+    """A router that cannot be made, saved, loaded or used."""

@@ -1,6 +1,6 @@
 """Balanced k-means: one node of the tree.
 
-N vectors, E numbers of each, k clusters. After HMB, "Pretraining with hierarchical memories"
+N vectors, E components of each, k clusters. After HMB, "Pretraining with hierarchical memories"
 (arXiv 2510.02375), which has k = 16, 20 steps, 6,400 vectors a step and a limit of 0.094.
 """
 
@@ -99,11 +99,11 @@ def _draw(vectors: Vectors, size: int, rng: np.random.Generator) -> Vectors:
 
 def _spread(vectors: Vectors, k: int, rng: np.random.Generator) -> Vectors:
     """Centroids by k-means++: each next one is drawn by its squared distance to those before."""
-    chosen = [vectors[rng.integers(len(vectors))]]
+    centers = [vectors[rng.integers(len(vectors))]]
     apart = np.full(len(vectors), np.inf)
-    while len(chosen) < k:
-        apart = np.minimum(apart, ((vectors - chosen[-1]).astype(np.float64) ** 2).sum(1))
-        total = apart.sum()  # 0: all are chosen already
+    while len(centers) < k:
+        apart = np.minimum(apart, ((vectors - centers[-1]).astype(np.float64) ** 2).sum(1))
+        total = apart.sum()  # 0: all of them are centers already
         odds = apart / total if total > 0 else None
-        chosen.append(vectors[rng.choice(len(vectors), p=odds)])
-    return np.stack(chosen)
+        centers.append(vectors[rng.choice(len(vectors), p=odds)])
+    return np.stack(centers)

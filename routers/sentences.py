@@ -1,6 +1,6 @@
 """Models of the `sentence-transformers` package as embedders.
 
-N texts, E numbers of a vector.
+N texts, E components of a vector.
 """
 
 import math
@@ -69,7 +69,7 @@ class SentenceTransformer:
         return unit(np.add.reduceat(vectors, first), probe)
 
     def options(self) -> dict[str, Any]:
-        """What it was made with, as JSON."""
+        """The options of its constructor, as JSON can hold them."""
         return {"model": self.model, "window": self.window, "pooling": _POOLING}
 
     def arrays(self) -> Arrays:

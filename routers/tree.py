@@ -1,7 +1,8 @@
 """The tree: a centroid for each node, and the greedy way from the root to a leaf.
 
-N vectors, E numbers of each, k children of a node, p levels. Level l = 1..p has k^l nodes, and the
-children of node i are the nodes k i .. k i + k - 1 of the next level. A leaf is a node of level p.
+N vectors, E components of each, k children of a node, p levels. Level l = 1..p has k^l nodes, and
+the children of node i are the nodes k i .. k i + k - 1 of the next level. A leaf is a node of
+level p.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 
 from mneme.routers.kmeans import Clustering, Ids, Vectors, balanced_kmeans
 
-_CHUNK = 1024  # vectors that descend together: k E numbers of each are in memory
+_CHUNK = 1024  # vectors that descend together: k E components of each are in memory
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,13 +7,15 @@ import importlib
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+BENCHMARKS = Path(__file__).resolve().parent / "benchmarks"
 SHARED = {"__init__", "cold_reads", "measure", "peak", "random_bank"}  # what benchmarks import
 
 
 def names() -> list[str]:
     """Names of the benchmarks, from the files that are there."""
-    found = {path.stem for path in (ROOT / "scripts" / "benchmarks").glob("*.py")}
+    found = {path.stem for path in BENCHMARKS.glob("*.py")}
     return sorted(found - SHARED)
 
 
@@ -28,7 +30,6 @@ def main(arguments: list[str]) -> int:
         given = f"no benchmark '{arguments[0]}'" if arguments else "name a benchmark"
         print(f"{given}; there are: {', '.join(names())}", file=sys.stderr)
         return 2
-    sys.path.insert(0, str(ROOT))
     from mneme.harness.cli import report_errors
 
     with report_errors():

@@ -31,13 +31,13 @@ HEAD_LR = 3e-3
 
 
 @dataclass(frozen=True)
-class Sizes:
+class StreamSizes:
     """How much data a run sees.
 
     Attributes:
-        unlabelled: features of other classes.
-        split: examples of each split.
-        test: examples of all classes.
+        unlabelled: features of other classes, on which keys are placed.
+        split: labeled examples of each split.
+        test: labeled examples of all classes.
         epochs: over each split, and over all of them in joint training.
     """
 
@@ -48,18 +48,18 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Learner:
-    """What learns.
+class Classifier:
+    """A model that learns the classes of a stream, and its optimizer.
 
     Attributes:
-        logits: of features `[N, D]`.
-        optimizer: of what training may change.
-        keys: the memory, if it is one, for the share of its keys that are in use.
+        logits: from features `[N, D]` to `[N, classes]`.
+        optimizer: of the parameters that training may change.
+        memory: the bottleneck, for the share of its keys that are in use; None for a head.
     """
 
     logits: Callable[[Tensor], Tensor]
     optimizer: torch.optim.Optimizer
-    keys: DiscreteKeyValueBottleneck | None = None
+    memory: DiscreteKeyValueBottleneck | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,9 @@ class Outcome:
         return 100 * (statistics.mean(self.learnt[:-1]) - statistics.mean(self.kept[:-1]))
 
 
-def bottleneck(stream: ClassIncremental, sizes: Sizes, generator: torch.Generator) -> Learner:
+def bottleneck(
+    stream: ClassIncremental, sizes: StreamSizes, generator: torch.Generator
+) -> Classifier:
     """A memory whose keys lie where features of other classes are, and whose values are zero."""
     memory = DiscreteKeyValueBottleneck(
         stream.features,
@@ -101,57 +103,59 @@ def bottleneck(stream: ClassIncremental, sizes: Sizes, generator: torch.Generato
         for batch in _batches(len(features), KEY_BATCH, generator):
             memory.update_keys(features[batch], generator=generator)
     optimizer = torch.optim.SGD(memory.values.parameters(), VALUE_LR)
-    return Learner(memory.read, optimizer, memory)
+    return Classifier(memory.read, optimizer, memory)
 
 
-def linear(stream: ClassIncremental, sizes: Sizes, generator: torch.Generator) -> Learner:
+def linear(stream: ClassIncremental, sizes: StreamSizes, generator: torch.Generator) -> Classifier:
     """A linear head."""
     return _head(nn.Linear(stream.features, stream.classes))
 
 
-def mlp(stream: ClassIncremental, sizes: Sizes, generator: torch.Generator) -> Learner:
+def mlp(stream: ClassIncremental, sizes: StreamSizes, generator: torch.Generator) -> Classifier:
     """A head with one hidden layer."""
     into = nn.Linear(stream.features, HIDDEN)
     return _head(nn.Sequential(into, nn.ReLU(), nn.Linear(HIDDEN, stream.classes)))
 
 
-LEARNERS = {"key-value bottleneck": bottleneck, "linear head": linear, "MLP": mlp}
+CLASSIFIERS = {"key-value bottleneck": bottleneck, "linear head": linear, "MLP": mlp}
 
 
-def learn(name: str, seed: int, sizes: Sizes) -> Outcome:
-    """One learner on one stream: split after split, and again from the start on all at once."""
+def learn(name: str, seed: int, sizes: StreamSizes) -> Outcome:
+    """One of `CLASSIFIERS` on one stream: split by split, and anew on all splits at once."""
     stream = ClassIncremental(seed=seed)
     splits = [stream.split(i, sizes.split) for i in range(stream.splits)]
     test = stream.test(sizes.test)
 
-    def accuracy(learner: Learner, classes: range) -> float:
-        asked = (test.labels >= classes.start) & (test.labels < classes.stop)
+    def accuracy(classifier: Classifier, classes: range) -> float:
+        among = (test.labels >= classes.start) & (test.labels < classes.stop)
         with torch.no_grad():
-            answers = learner.logits(test.features[asked]).argmax(-1)
-        return float((answers == test.labels[asked]).double().mean())
+            predicted = classifier.logits(test.features[among]).argmax(-1)
+        return float((predicted == test.labels[among]).double().mean())
 
-    learner, generator = _start(name, stream, seed, sizes)
+    classifier, generator = _start(name, stream, seed, sizes)
     learnt = []
     for i, split in enumerate(splits):
-        _train(learner, split, sizes.epochs, generator)
-        learnt.append(accuracy(learner, stream.classes_of(i)))
+        _train(classifier, split, sizes.epochs, generator)
+        learnt.append(accuracy(classifier, stream.classes_of(i)))
     together = Labeled(*(torch.cat(parts) for parts in zip(*splits, strict=True)))
     other, generator = _start(name, stream, seed, sizes)
     _train(other, together, sizes.epochs, generator)
     return Outcome(
         learnt=learnt,
-        kept=[accuracy(learner, stream.classes_of(i)) for i in range(stream.splits)],
-        final=accuracy(learner, range(stream.classes)),
+        kept=[accuracy(classifier, stream.classes_of(i)) for i in range(stream.splits)],
+        final=accuracy(classifier, range(stream.classes)),
         joint=accuracy(other, range(stream.classes)),
-        unused=_unused(learner, together.features),
+        unused=_unused(classifier, together.features),
     )
 
 
 def run(arguments: Sequence[str]) -> None:
     """Trains, and prints the table or puts it into a file."""
-    asked = parsed(arguments, script="class_incremental.py", description=__doc__, name="dkvb")
-    sizes = Sizes()
-    rows = [_row(name, [learn(name, seed, sizes) for seed in asked.seeds]) for name in LEARNERS]
+    options = parsed(arguments, script="class_incremental.py", description=__doc__, name="dkvb")
+    sizes = StreamSizes()
+    rows = [
+        _row(name, [learn(name, seed, sizes) for seed in options.seeds]) for name in CLASSIFIERS
+    ]
     remarks = [
         "Accuracies are among all ten classes. Learnt: of the first four splits, each right after "
         "its training; at the end: of the same after the fifth; drop: the difference in points.",
@@ -161,37 +165,37 @@ def run(arguments: Sequence[str]) -> None:
         f"over {sizes.unlabelled:,} features of other classes. Unused: percent of keys that no "
         "training example is nearest to.",
     ]
-    publish(measured(rows, remarks, asked.seeds), asked)
+    publish(measured(rows, remarks, options.seeds), options)
 
 
 def _start(
-    name: str, stream: ClassIncremental, seed: int, sizes: Sizes
-) -> tuple[Learner, torch.Generator]:
+    name: str, stream: ClassIncremental, seed: int, sizes: StreamSizes
+) -> tuple[Classifier, torch.Generator]:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    return LEARNERS[name](stream, sizes, generator), generator
+    return CLASSIFIERS[name](stream, sizes, generator), generator
 
 
-def _head(head: nn.Module) -> Learner:
-    return Learner(head, torch.optim.Adam(head.parameters(), HEAD_LR))
+def _head(head: nn.Module) -> Classifier:
+    return Classifier(head, torch.optim.Adam(head.parameters(), HEAD_LR))
 
 
-def _train(learner: Learner, data: Labeled, epochs: int, generator: torch.Generator) -> None:
+def _train(classifier: Classifier, data: Labeled, epochs: int, generator: torch.Generator) -> None:
     for _ in range(epochs):
         for batch in _batches(len(data.labels), BATCH, generator):
-            learner.optimizer.zero_grad()
-            F.cross_entropy(learner.logits(data.features[batch]), data.labels[batch]).backward()
-            learner.optimizer.step()
+            classifier.optimizer.zero_grad()
+            F.cross_entropy(classifier.logits(data.features[batch]), data.labels[batch]).backward()
+            classifier.optimizer.step()
 
 
 def _batches(examples: int, size: int, generator: torch.Generator) -> Iterable[Tensor]:
     return torch.randperm(examples, generator=generator).split(size)
 
 
-def _unused(learner: Learner, features: Tensor) -> float:
-    if learner.keys is None:
+def _unused(classifier: Classifier, features: Tensor) -> float:
+    if classifier.memory is None:
         return float("nan")
-    codes = learner.keys.codes(features)
+    codes = classifier.memory.codes(features)
     used = torch.zeros(CODEBOOKS, KEYS).scatter(1, codes.T, 1.0)
     return 1 - float(used.mean())
 

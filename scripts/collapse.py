@@ -28,6 +28,14 @@ HIDDEN = 112  # of the control: 14,336 products, as of the memory's query map, s
 STEPS, LR, TABLE_LR = 400, 3e-3, 1e-2
 MEAN = 7.0  # of each channel of the common direction, in standard deviations of the rest
 RANK = 8  # of the subspace
+INPUT_KINDS = ("isotropic", "common mean", "low rank + mean")
+REMARKS = (
+    f"Usage and top-1 usage: percent of the {SUB_KEYS**2:,} rows read by any of {INPUTS} inputs, "
+    "and read as the best of a head; KL in nats of reads from even.",
+    f"{STEPS} steps of Adam on all inputs at once, {LR} for keys, queries and the control, "
+    f"{TABLE_LR} for values.",
+    f"The control is an MLP {WIDTH} to {HIDDEN} to {CLASSES}, of as many operations.",
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Collapse:
     """How a run used its rows, and what it learned.
 
     Attributes:
-        before: figures of `mneme.layers.sparse.usage.Usage.metrics` at the start.
+        before: `mneme.layers.sparse.usage.Usage.metrics` at the start.
         after: the same when trained.
         accuracy: on the inputs, when trained.
     """
@@ -58,11 +66,8 @@ def inputs(kind: str, generator: torch.Generator) -> Tensor:
     return x if kind == "isotropic" else x + MEAN * normal(WIDTH)
 
 
-INPUT_KINDS = ("isotropic", "common mean", "low rank + mean")
-
-
 def trained(kind: str, norm: str, seed: int, steps: int = STEPS) -> Collapse:
-    """One run of a memory, the values' learning rate above the keys'."""
+    """Trains a memory on inputs of a kind; `norm` is its query norm, as in `NORMS`."""
     x, y = _examples(kind, seed)
     learner = memory(norm)
     groups = [
@@ -82,7 +87,7 @@ def trained_control(kind: str, seed: int, steps: int = STEPS) -> float:
 
 
 def memory(norm: str) -> ProductKeyMemory:
-    """32 x 32 rows, four heads of eight."""
+    """An untrained memory of `SUB_KEYS` squared rows, whose readout are the logits."""
     return ProductKeyMemory(
         WIDTH,
         heads=HEADS,
@@ -127,25 +132,18 @@ def _use(learner: ProductKeyMemory, x: Tensor) -> dict[str, float]:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Measures, and prints the table or puts it into a file."""
-    asked = parsed(arguments, script="collapse.py", description=__doc__, name="collapse")
+    """Measures every kind of inputs with every norm, and publishes the table."""
+    options = parsed(arguments, script="collapse.py", description=__doc__, name="collapse")
     rows = []
     for kind in INPUT_KINDS:
         for norm in NORMS:
-            rows.append(_row(kind, norm, [trained(kind, norm, seed) for seed in asked.seeds]))
-        accuracies = [trained_control(kind, seed) for seed in asked.seeds]
+            rows.append(_row(kind, norm, [trained(kind, norm, seed) for seed in options.seeds]))
+        accuracies = [trained_control(kind, seed) for seed in options.seeds]
         names = {"inputs": kind, "query norm": "(dense control)"}
         rows.append(
             dict.fromkeys(rows[0], "") | names | {"accuracy": mean_and_spread(accuracies, 3)}
         )
-    remarks = [
-        f"Usage and top-1 usage: percent of the 1,024 rows read by any of {INPUTS} inputs, and "
-        "read as the best of a head; KL in nats of reads from even.",
-        f"{STEPS} steps of Adam on all inputs at once, {LR} for keys, queries and the control, "
-        f"{TABLE_LR} for values.",
-        f"The control is an MLP {WIDTH} to {HIDDEN} to {CLASSES}, of as many operations.",
-    ]
-    publish(measured(rows, remarks, asked.seeds), asked)
+    publish(measured(rows, REMARKS, options.seeds), options)
 
 
 def _row(kind: str, norm: str, runs: Sequence[Collapse]) -> dict[str, str]:

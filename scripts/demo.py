@@ -6,7 +6,9 @@ four times that length.
 
     python scripts/demo.py [option=value ...]
 
-Options are those of train.py, but for `run_dir`; `trainer.max_steps=50` is a quick look.
+Options are those of train.py, but for `run_dir`; `trainer.max_steps=50` is a quick look. The runs
+stay in `runs/demo/`, with options in `runs/demo_OPTIONS/`, and after an interruption the same
+command continues: finished runs are only shown again, and one that was stopped goes on.
 """
 
 import sys
@@ -25,9 +27,10 @@ from mneme.harness.config.build import build
 from mneme.harness.config.compose import compose_checked
 from mneme.harness.evaluate.evaluation import Evaluation, evaluate, lengthened, restore_model
 from mneme.harness.run.checkpoints import read_checkpoint
-from mneme.harness.run.jobs import start_run
+from mneme.harness.run.jobs import start_or_resume
 from mneme.harness.run.precision import run_precision
-from mneme.harness.run.run_directory import RunDirectory
+from mneme.harness.run.run_directory import RUNS, RunDirectory
+from scripts.reproducing.reproduction import folder
 
 MIXERS = ("gated_deltanet", "attention", "sliding_window")
 MULTIPLES = (1, 4)
@@ -39,7 +42,14 @@ EXPLANATION = (
 
 @dataclass(frozen=True)
 class Result:
-    """One trained and tested model."""
+    """One trained and tested model.
+
+    Attributes:
+        mixer: its name.
+        run: where it was trained.
+        summary: of the run.
+        evaluations: of the test set, one for each of `MULTIPLES`.
+    """
 
     mixer: str
     run: RunDirectory
@@ -48,13 +58,24 @@ class Result:
 
 
 def train_and_test(mixer: str, overrides: list[str]) -> Result:
-    """Trains one mixer on the demo's task and evaluates its best weights at each length."""
-    composed = compose_checked(["experiment=demo", f"mixer={mixer}", *overrides])
-    run, summary = start_run(composed)
+    """Trains one mixer on the demo's task and evaluates its best weights at each length.
+
+    Args:
+        mixer: a choice of the group.
+        overrides: as for train.py.
+    """
+    where = f"run_dir='{RUNS / folder('_'.join(['demo', *overrides])) / mixer}'"
+    composed = compose_checked(["experiment=demo", f"mixer={mixer}", where, *overrides])
+    run, summary = start_or_resume(composed)
     model = restore_model(composed.config, read_checkpoint(run.best))
     tasks = [build(lengthened(composed.config["task"], multiple)) for multiple in MULTIPLES]
     score = partial(evaluate, model, precision=run_precision(composed.config))
     return Result(mixer, run, summary, [score(task) for task in tasks])
+
+
+def main(overrides: list[str]) -> None:
+    """Trains and tests every mixer with overrides as of train.py, and prints the table."""
+    show([train_and_test(mixer, overrides) for mixer in MIXERS])
 
 
 def show(results: list[Result]) -> None:
@@ -69,7 +90,9 @@ def show(results: list[Result]) -> None:
             table.add_row(*row)
         table.add_section()
     table.add_row("parameters", *(f"{r.summary['budget']['parameters']:,}" for r in results))
-    table.add_row("training tokens/s", *(f"{r.summary['tokens_per_second']:,}" for r in results))
+    # A run that was resumed after its last step has none.
+    rates = [result.summary.get("tokens_per_second") for result in results]
+    table.add_row("training tokens/s", *("" if rate is None else f"{rate:,}" for rate in rates))
     console = Console(highlight=False)
     console.print(table)
     console.print(EXPLANATION)
@@ -92,4 +115,4 @@ if __name__ == "__main__":
         print(__doc__)
         sys.exit(0)
     with report_errors():
-        show([train_and_test(mixer, sys.argv[1:]) for mixer in MIXERS])
+        main(sys.argv[1:])

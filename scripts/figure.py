@@ -57,12 +57,12 @@ def figure(arguments: Sequence[str]) -> None:
         ReportError: no runs, a line that is not there or not unique, no matplotlib.
         RunError: a run directory that cannot be read.
     """
-    asked = figure_parser().parse_args(arguments)
-    words = [word.strip() for word in asked.lines.split(";")]
-    lines = chosen_lines(words, make_rows(find_runs(asked.runs)), asked.metric)
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(asked.out, draw(lines, asked.metric, asked.title))
-    print(f"{asked.out}: {asked.metric} by exposures", *lines, sep="\n")
+    options = figure_parser().parse_args(arguments)
+    words = [word.strip() for word in options.lines.split(";")]
+    lines = chosen_lines(words, make_rows(find_runs(options.runs)), options.metric)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(options.out, draw(lines, options.metric, options.title))
+    print(f"{options.out}: {options.metric} by exposures", *lines, sep="\n")
 
 
 def chosen_lines(words: Sequence[str], rows: Sequence[Row], metric: str) -> list[Line]:

@@ -53,7 +53,7 @@ class Watch:
 
     @property
     def files(self) -> list[str]:
-        """In order of their names."""
+        """Paths of the files seen, from the root of the project, sorted."""
         paths = [Path(name).resolve() for name in self.seen]
         own = [str(path.relative_to(ROOT)) for path in paths if path.is_relative_to(ROOT)]
         return sorted({name for name in own if not name.startswith((".", "<", *ONCE))})
@@ -66,11 +66,11 @@ class WatchSteps(Callback):
         self.watch = watch
 
     def on_train_batch_start(self, *_: object) -> None:
-        """Begins."""
+        """Starts to watch."""
         self.watch.__enter__()
 
     def on_train_batch_end(self, *_: object) -> None:
-        """Ends."""
+        """Stops watching."""
         self.watch.__exit__()
 
 
@@ -82,7 +82,7 @@ def mixer_of(choice: str) -> nn.Module:
 
 
 def cases() -> Iterator[tuple[str, list[str]]]:
-    """What is followed, and its files."""
+    """Yields what is followed, and the files that run for it."""
     x = torch.randn(2, 40, 64)
     for name in ("gated_deltanet", "titans_mag"):
         layer = mixer_of(name)

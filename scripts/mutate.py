@@ -13,7 +13,7 @@ before and after. Which changes are drawn follows from the seed and the files.
 
 Which test runs which line is found once by a run of the whole suite (in subprocesses too), which
 takes about twice its usual time, and is kept in `.cache/mutate` until a file changes. A test that
-fails there is not asked.
+fails there is not run again.
 """
 
 import argparse
@@ -278,7 +278,7 @@ class Suite:
         self.root = Path((folder / "root").read_text())
 
     def tests_of(self, change: Change, source: str) -> list[str]:
-        """The tests that may notice a change, in the order in which they are asked.
+        """The tests that may notice a change, in the order in which they are run.
 
         Lines that run only when a module is imported (constants, defaults) are every test's that
         runs a line of the file.
@@ -364,20 +364,20 @@ def noticed(change: Change, suite: Suite) -> bool:
             shutil.copy2(ROOT / name, tree / name, follow_symlinks=False)
         (tree / change.path).write_text(change.applied(source))
         (Path(place) / "tests.txt").write_text("\n".join(tests))
-        asked = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
              f"@{place}/tests.txt"],
             cwd=tree, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
         try:
-            return asked.wait(times * sum(suite.seconds[test] for test in tests) + more) != 0
+            return process.wait(times * sum(suite.seconds[test] for test in tests) + more) != 0
         except subprocess.TimeoutExpired:
             return True
         finally:  # programs that a test started end with it
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(asked.pid, signal.SIGKILL)
-            asked.wait()
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def main(arguments: Sequence[str]) -> int:

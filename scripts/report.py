@@ -9,11 +9,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mneme.harness.cli import report_errors
-from scripts.reporting.columns import chosen_columns, default_columns
+from scripts.reporting.columns import chosen_columns, default_columns, sort_rows
 from scripts.reporting.page import evaluation_commands, place, render, training_commands
 from scripts.reporting.rows import make_rows, naming_columns
 from scripts.reporting.runs import find_runs
-from scripts.reporting.sorting import sort_rows
 
 COLUMNS = """columns:
   best:METRIC           of the validation at which best.ckpt was kept, as best:accuracy
@@ -40,28 +39,30 @@ def report(arguments: Sequence[str]) -> None:
         ReportError: no runs, an unknown column, nothing to sort by, a file without the markers.
         RunError: a run directory that cannot be read.
     """
-    asked = report_parser().parse_args(arguments)
-    runs = find_runs(asked.runs)
+    options = report_parser().parse_args(arguments)
+    runs = find_runs(options.runs)
     rows = make_rows(runs)
-    named_by = naming_columns(rows, _words(asked.by))
-    words = _words(asked.columns)
+    named_by = naming_columns(rows, _words(options.by))
+    words = _words(options.columns)
     columns = (
-        chosen_columns(words, runs, asked.split) if words else default_columns(runs, asked.split)
+        chosen_columns(words, runs, options.split)
+        if words
+        else default_columns(runs, options.split)
     )
     remarks = []
-    if asked.sort:
-        rows, remark = sort_rows(rows, asked.sort, runs, asked.split)
+    if options.sort:
+        rows, remark = sort_rows(rows, options.sort, runs, options.split)
         remarks.append(remark)
     commands = [
-        *([] if asked.made_by else training_commands(rows)),
+        *([] if options.made_by else training_commands(rows)),
         *evaluation_commands(rows, columns),
-        asked.made_by or shlex.join(["python", "scripts/report.py", *arguments]),
+        options.made_by or shlex.join(["python", "scripts/report.py", *arguments]),
     ]
-    title = f"### {asked.title}\n\n" if asked.title else ""
-    made = title + render(rows, named_by, columns, commands, [*remarks, *asked.note])
-    if asked.out:
-        place(made, asked.out, asked.name)
-    print(f"{asked.out}: report {asked.name!r} of {len(runs)} runs" if asked.out else made)
+    title = f"### {options.title}\n\n" if options.title else ""
+    made = title + render(rows, named_by, columns, commands, [*remarks, *options.note])
+    if options.out:
+        place(made, options.out, options.name)
+    print(f"{options.out}: report {options.name!r} of {len(runs)} runs" if options.out else made)
 
 
 def report_parser() -> argparse.ArgumentParser:

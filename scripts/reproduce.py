@@ -6,17 +6,19 @@ command continues.
 """
 
 import argparse
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mneme.harness.cli import report_errors, whole_number
 from mneme.harness.run.run_directory import RUNS, RunError
+from scripts.report import report
 from scripts.reporting.runs import unknown
 from scripts.reproducing.grid import Grid
-from scripts.reproducing.processes import Stopped
+from scripts.reproducing.processes import Stopped, train
 from scripts.reproducing.reproduction import (
     Reproduction,
     ReproductionError,
@@ -24,8 +26,6 @@ from scripts.reproducing.reproduction import (
     names,
     read_reproduction,
 )
-from scripts.reproducing.table import make_table
-from scripts.reproducing.training import train
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,23 +39,23 @@ def main(arguments: Sequence[str]) -> int:
         ConfigError: options that train.py would refuse.
         ReportError: a table that cannot be made.
     """
-    asked = _parser().parse_args(arguments)
-    if asked.list:
+    options = _parser().parse_args(arguments)
+    if options.list:
         _show()
         return 0
-    if asked.name is None:
+    if options.name is None:
         raise ReproductionError(f"name a reproduction; there are: {', '.join(names())}")
-    reproduction = read_reproduction(asked.name)
-    labels = [] if asked.report_only else _labels(reproduction, asked.rows)
-    grid = Grid(reproduction, asked.runs / asked.name)
+    reproduction = read_reproduction(options.name)
+    labels = [] if options.report_only else _labels(reproduction, options.rows)
+    grid = Grid(reproduction, options.runs / options.name)
     grid.check(labels)
     try:
-        failed = train(grid, labels, asked.jobs) if labels else []
+        failed = train(grid, labels, options.jobs) if labels else []
     except Stopped as stop:
         print(f"\n{stop}; the same command goes on from here", file=sys.stderr)
         return stop.exit_status
     try:
-        make_table(asked.name, grid)
+        make_table(options.name, grid)
     except RunError as error:
         if not failed:
             raise
@@ -63,6 +63,44 @@ def main(arguments: Sequence[str]) -> int:
     if failed:
         print(f"failed: {', '.join(str(job.path) for job in failed)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def make_table(name: str, grid: Grid) -> None:
+    """Makes the report of every row that has a result, with the file's arguments.
+
+    Args:
+        name: of the reproduction.
+        grid: of its runs; rows that were not trained in this call take part, too.
+
+    Raises:
+        ReproductionError: no row has a result.
+        ReportError: the arguments do not suit the runs.
+    """
+    rows = [grid.reported(label) for label in grid.reproduction.rows]
+    paths = [str(job.path) for row in rows for job in row if job.exists]
+    if not paths:
+        raise ReproductionError(f"no run in {grid.place} has finished: there is nothing to report")
+    command = shlex.join(["python", "scripts/reproduce.py", name])
+    notes = [f"--note={note}" for note in _notes(grid)]
+    report([*paths, *grid.reproduction.report, f"--made-by={command}", *notes])
+
+
+def _notes(grid: Grid) -> Iterator[str]:
+    """What of the file is not in the runs of the table."""
+    rows, option = grid.reproduction.rows, grid.reproduction.option
+    values, seeds = grid.reproduction.values, grid.reproduction.seeds
+    if values:
+        yield (
+            f"{option}: of {', '.join(values)}, the best of each row in the validation of seed "
+            f"{seeds[0]}."
+        )
+    without = [label for label in rows if not grid.reported(label)]
+    if without:
+        yield f"Not in the table, as no run has a result: {', '.join(without)}."
+    for label in rows:
+        tried = [job.value for job in grid.first(label) if job.finished and job.value is not None]
+        if label not in without and len(tried) < len(values):
+            yield f"{label}: only {option}={', '.join(tried)} has a result."
 
 
 def _labels(reproduction: Reproduction, listed: str | None) -> list[str]:

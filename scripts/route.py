@@ -34,12 +34,12 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         RunError: texts that cannot be read, an option out of its range, or no router there.
     """
-    asked = _parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        if asked.program == "fit":
-            _fit(asked)
+        if options.program == "fit":
+            _fit(options)
         else:
-            _ask(asked)
+            _route(options)
     except ValueError as error:
         raise RunError(str(error)) from error
 
@@ -63,27 +63,27 @@ def read_texts(source: Path) -> list[str]:
     return texts
 
 
-def _fit(asked: argparse.Namespace) -> None:
-    texts = read_texts(asked.texts)
-    embedder: Embedder = SentenceTransformer(asked.embedder)
-    if asked.embedder == HashedTfidf.name:
-        embedder = HashedTfidf(seed=asked.seed)
+def _fit(options: argparse.Namespace) -> None:
+    texts = read_texts(options.texts)
+    embedder: Embedder = SentenceTransformer(options.embedder)
+    if options.embedder == HashedTfidf.name:
+        embedder = HashedTfidf(seed=options.seed)
     router = Router.fit(
         texts,
         embedder=embedder,
-        branching=asked.branching,
-        depth=asked.depth,
-        seed=asked.seed,
+        branching=options.branching,
+        depth=options.depth,
+        seed=options.seed,
     )
-    router.save(asked.out)
+    router.save(options.out)
     found = report(router.route(texts), branching=router.branching, depth=router.depth)
     print(markdown(found))
-    print(f"\n{len(texts):,} texts; router {router.hash[:16]} is in {asked.out}")
+    print(f"\n{len(texts):,} texts; router {router.hash[:16]} is in {options.out}")
 
 
-def _ask(asked: argparse.Namespace) -> None:
-    router = Router.load(asked.router)
-    texts = asked.text or [line.rstrip("\n") for line in sys.stdin]
+def _route(options: argparse.Namespace) -> None:
+    router = Router.load(options.router)
+    texts = options.text or [line.rstrip("\n") for line in sys.stdin]
     leaves = router.route(texts)
     levels = range(1, router.depth + 1)
     paths = [nodes(leaves, level, router.depth, router.branching) for level in levels]

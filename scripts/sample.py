@@ -45,22 +45,22 @@ def sample(arguments: Sequence[str]) -> None:
     """
     prompts = [a.removeprefix("prompt=") for a in arguments if a.startswith("prompt=")]
     others = [a for a in arguments if not a.startswith("prompt=")]  # Hydra would read commas
-    asked = program_options("sample", SampleOptions, others, prompt=[*prompts, ""][0])
-    run = mneme.load(asked.run, checkpoint=asked.checkpoint)
+    options = program_options("sample", SampleOptions, others, prompt=[*prompts, ""][0])
+    run = mneme.load(options.run, checkpoint=options.checkpoint)
     pieces = run.stream(
-        asked.prompt,
-        asked.tokens,
-        temperature=asked.temperature,
-        top_k=asked.top_k,
-        top_p=asked.top_p,
-        seed=asked.seed,
-        route=asked.route,
+        options.prompt,
+        options.tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        route=options.route,
     )
     try:
         first = next(pieces, "")
     except ValueError as error:
         raise RunError(str(error)) from error
-    print(asked.prompt, end="")
+    print(options.prompt, end="")
     for piece in itertools.chain([first], pieces):
         print(piece, end="", flush=True)
     print()

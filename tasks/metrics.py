@@ -66,7 +66,13 @@ def score(logits: Tensor, targets: Tensor) -> Scores:
 
 
 class Metrics(ABC):
-    """Sums over scored positions, and the metrics that are their ratios."""
+    """Sums over scored positions, and the metrics that are their ratios.
+
+    Attributes:
+        totals: the sums, float64 of any shape, where one tensor holds them all.
+    """
+
+    totals: Tensor
 
     @abstractmethod
     def update(self, logits: Tensor, batch: Batch) -> None:
@@ -76,28 +82,28 @@ class Metrics(ABC):
     def compute(self) -> dict[str, float]:
         """The metrics of everything counted so far, by flat name."""
 
-    @abstractmethod
     def state(self) -> Tensor:
         """A copy of the sums: one float64 vector, laid out alike on every rank."""
+        return self.totals.flatten().clone()
 
-    @abstractmethod
     def load_sum(self, total: Tensor) -> None:
-        """Replaces the sums, by those of all ranks for example."""
+        """Replaces the sums, by those of all ranks for example; `total` is as `state` gives it."""
+        self.totals = total.detach().cpu().double().clone().view_as(self.totals)
 
 
 class RecallMetrics(Metrics):
     """Accuracy over scored positions, whole and by slice.
 
     `compute` gives `loss` (nats per scored token), `accuracy` (over scored tokens),
-    `accuracy_by_example` (each example counts once however many tokens it is asked for: what
+    `accuracy_by_example` (each example counts once however many of its tokens are scored: what
     the code of the MQAR papers averages), `exact_sequence_accuracy` (the share of examples all
     of whose scored tokens are right) and, for each group that occurred, `accuracy/pairs=8` or,
     in ranges that double, `accuracy/gap=33-64`. A slice is counted over the batches that have
     it: in a mixture of tasks, each has slices of its own.
 
     Args:
-        slices: the values each slice of a batch can take; for a bucketed slice (`gap`) one
-            number, the largest. Known beforehand, so that ranks agree on the layout of the sums.
+        slices: the values each slice of a batch can take; for a bucketed slice (`gap`)
+            the largest alone. Known beforehand, so that ranks agree on the layout of the sums.
     """
 
     def __init__(self, slices: Mapping[str, Sequence[int]]) -> None:
@@ -110,15 +116,15 @@ class RecallMetrics(Metrics):
         scores = score(logits, batch.targets)
         length = batch.targets.shape[1]
         example = scores.where // length
-        asked = example.bincount(minlength=len(batch.targets))
+        scored = example.bincount(minlength=len(batch.targets))
         hits = example[scores.right].bincount(minlength=len(batch.targets))
         sums = [
             len(scores.where),
             int(scores.right.sum()),
             float(scores.nll.sum()),
-            int((asked > 0).sum()),
-            float((hits.double() / asked.clamp(min=1)).sum()),
-            int(((asked > 0) & (hits == asked)).sum()),
+            int((scored > 0).sum()),
+            float((hits.double() / scored.clamp(min=1)).sum()),
+            int(((scored > 0) & (hits == scored)).sum()),
         ]
         self.totals += torch.tensor(sums, dtype=torch.float64)
         for group in (group for group in self.groups if group.name in batch.slices):
@@ -162,7 +168,7 @@ class _Groups:
         self.bucketed = name in BUCKETED
         edges = doubling_edges(max(values)) if self.bucketed else sorted(set(values))
         self.edges = torch.tensor(edges)  # [G], the largest value of each group
-        self.sums = torch.zeros(len(edges), 2, dtype=torch.float64)  # [G, (asked, right)]
+        self.sums = torch.zeros(len(edges), 2, dtype=torch.float64)  # [G, (scored, right)]
 
     def count(self, values: Tensor, right: Tensor) -> None:
         """Counts scored positions; `values` and `right` are `[N]`."""
@@ -176,16 +182,16 @@ class _Groups:
                 f"slice '{self.name}' holds {int(values[~known][0])}, but these metrics were "
                 f"built for {self.edges.tolist()}: build them with every value that can occur"
             )
-        asked = group.bincount(minlength=last + 1)
+        scored = group.bincount(minlength=last + 1)
         hits = group[right].bincount(minlength=last + 1)
-        self.sums += torch.stack([asked, hits], dim=1)
+        self.sums += torch.stack([scored, hits], dim=1)
 
     def accuracies(self) -> dict[str, float]:
         """Accuracy by flat name, for the groups that occurred."""
         return {
-            f"accuracy/{self.name}={self._label(group)}": right / asked
-            for group, (asked, right) in enumerate(self.sums.tolist())
-            if asked
+            f"accuracy/{self.name}={self._label(group)}": right / scored
+            for group, (scored, right) in enumerate(self.sums.tolist())
+            if scored
         }
 
     def _label(self, group: int) -> str:
@@ -235,14 +241,6 @@ class TextMetrics(Metrics):
         }
         withheld = () if self.lossless else ("bits_per_byte", "bytes")
         return {name: value for name, value in metrics.items() if name not in withheld}
-
-    def state(self) -> Tensor:
-        """A copy of the sums: one float64 vector, laid out alike on every rank."""
-        return self.totals.clone()
-
-    def load_sum(self, total: Tensor) -> None:
-        """Replaces the sums, by those of all ranks for example."""
-        self.totals = total.detach().cpu().double().clone()
 
 
 def _require_tokens(tokens: float) -> None:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork has no thread but the one that made it
+
 from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401  (the hook finds the checker by its dotted name)

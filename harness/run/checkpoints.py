@@ -150,14 +150,17 @@ def check_same_run(checkpoint: dict[str, Any], config: Config, path: Path) -> No
     Raises:
         RunError: naming the groups that differ.
     """
-    written = checkpoint_config(checkpoint)
-    keys = (written.keys() | config.keys()) - {"run_dir", "logger"}
-    differing = sorted(key for key in keys if written.get(key) != config.get(key))
-    if differing:
+    if differ := differing_options(checkpoint_config(checkpoint), config):
         raise RunError(
             f"{path} was written by another run than config.yaml describes: they differ in "
-            f"{', '.join(differing)}; nothing was loaded or overwritten"
+            f"{', '.join(differ)}; nothing was loaded or overwritten"
         )
+
+
+def differing_options(config: Config, other: Config) -> list[str]:
+    """The groups and options in which two configs differ, but for where a run is and is logged."""
+    keys = (config.keys() | other.keys()) - {"run_dir", "logger"}
+    return sorted(key for key in keys if config.get(key) != other.get(key))
 
 
 def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:

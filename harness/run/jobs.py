@@ -10,13 +10,17 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from mneme.harness.config.check import Config, ConfigError
+from mneme.harness.config.check import Config, ConfigError, blaming
 from mneme.harness.config.compose import Composed
 from mneme.harness.config.schema import check_config, options
-from mneme.harness.run.checkpoints import check_router, check_same_run, read_checkpoint
+from mneme.harness.run.checkpoints import (
+    check_router,
+    check_same_run,
+    differing_options,
+    read_checkpoint,
+)
 from mneme.harness.run.console import baseline_line, say
 from mneme.harness.run.metrics_file import read_metrics
 from mneme.harness.run.resume_check import resume_problems
@@ -25,90 +29,100 @@ from mneme.harness.run.run_directory import (
     RunError,
     find_run,
     new_run_directory,
-    rank,
     refuse_occupied,
 )
 from mneme.harness.run.run_lock import alone
 from mneme.harness.run.training import Prepared, prepare, train
 
 
-def start_run(composed: Composed) -> tuple[RunDirectory, dict[str, Any]]:
+def start_run(composed: Composed, **facts: Any) -> tuple[RunDirectory, dict[str, Any]]:
     """Trains a checked config in a run directory of its own, and says where that is.
+
+    Args:
+        composed: without a `run_dir`, the directory is named by time, task and mixer.
+        **facts: what else the summary is to hold.
 
     Returns:
         The run directory and the summary.
+
+    Raises:
+        ConfigError: the model cannot be built, or `run_dir` already holds a run.
     """
-    chosen = options(composed.config)
-    refuse_occupied(chosen.run_dir)
+    scalars = options(composed.config)
+    refuse_occupied(scalars.run_dir)
     prepared = prepare(composed.config)
-    run = new_run_directory(chosen.run_dir, composed.choices, chosen.seed)
+    run = new_run_directory(scalars.run_dir, composed.choices, scalars.seed)
     with alone(run.path):
         refuse_occupied(str(run.path))  # once more, now that no other process can take it
-        return run, _start(run, composed, prepared)
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        run.write_summary(choices=dict(composed.choices), started=started, **facts)
+        run.write_config(composed.config)  # from here on it has begun
+        return run, _train(prepared, run)
 
 
-def _start(run: RunDirectory, composed: Composed, prepared: Prepared) -> dict[str, Any]:
-    """Trains in a directory that is this process's alone."""
-    run.write_config(composed.config)
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    run.write_summary(choices=dict(composed.choices), started=started)
-    summary = train(prepared, run)
-    _report(run, prepared, summary)
-    return summary
+def start_or_resume(composed: Composed, **facts: Any) -> tuple[RunDirectory, dict[str, Any]]:
+    """Trains the run of a checked config from wherever it stands in its `run_dir`.
+
+    A run that was stopped goes on, and one that has finished is left as it is: after any
+    interruption the same call continues. Jobs of sweeps, rows of reproductions and the demo are
+    trained by it.
+
+    Args:
+        composed: with a `run_dir`.
+        **facts: what else the summary of a run that has not begun is to hold.
+
+    Returns:
+        The run directory and the summary.
+
+    Raises:
+        ConfigError: there is no `run_dir`, or it holds a run of other options.
+        RunError: as `resume_run`.
+    """
+    where = options(composed.config).run_dir
+    if where is None:
+        raise ConfigError(["run_dir: name the directory of the run, for resume=auto to go on in"])
+    run = RunDirectory(Path(where))
+    with blaming("run_dir"):  # a name may be too long
+        begun = run.config.exists()
+    if not begun:
+        return start_run(composed, **facts)
+    if differ := differing_options(run.read_config(), composed.config):
+        raise ConfigError(
+            [
+                f"run_dir: {where} already holds a run of other options: they differ in "
+                f"{', '.join(differ)}; choose another directory"
+            ]
+        )
+    if run.read_summary().get("status") == "finished":
+        say(f"the run in {where} has finished before")
+        return run, run.read_summary()
+    return run, resume_run(where)
 
 
 def start_job(composed: Composed) -> None:
     """Trains one job of a sweep; it may fail without hiding the others."""
     hydra = HydraConfig.get()
-    if hydra.mode != RunMode.MULTIRUN:
-        start_run(composed)
-        return
-    path = hydra.runtime.output_dir
+    run = RunDirectory(Path(hydra.runtime.output_dir))
     overrides = [override.lstrip("+") for override in hydra.overrides.task]
-    composed = replace(composed, config={**composed.config, "run_dir": path})
+    own = replace(composed, config={**composed.config, "run_dir": str(run.path)})
     try:
-        if rank() == 0 and _begun(Path(path), composed.config):
-            _go_on(Path(path), overrides)
-            return
-        run = new_run_directory(path, composed.choices, options(composed.config).seed)
-        with alone(run.path):
-            refuse_occupied(path)
-            _start_job(run, composed, overrides)
-    except (ConfigError, RunError) as error:  # the directory is another run's
-        print(f"job {' '.join(overrides)} left out: {error}", file=sys.stderr)
-
-
-def _begun(path: Path, config: Config) -> bool:
-    """Whether a directory holds this very job, from before the sweep was stopped."""
-    run = RunDirectory(path)
-    return run.config.exists() and run.read_config() == config
-
-
-def _go_on(path: Path, overrides: Sequence[str]) -> None:
-    """Continues a job of a sweep that was stopped, unless it has finished."""
-    run = RunDirectory(path)
-    if run.read_summary().get("status") == "finished":
-        say(f"job {' '.join(overrides)} has finished before")
-        return
-    try:
-        resume_run(str(path))
-    except (ConfigError, RunError):
-        raise
+        start_or_resume(own, overrides=overrides)
     except Exception as error:
         print(f"job {' '.join(overrides)} failed: {error}", file=sys.stderr)
+        if not run.config.exists():  # once it has begun, training records its end itself
+            reason = f"{type(error).__name__}: {error}"
+            run.write_summary(status="failed", overrides=overrides, error=reason)
 
 
-def _start_job(run: RunDirectory, composed: Composed, overrides: Sequence[str]) -> None:
-    run.write_summary(status="failed", overrides=overrides)
-    try:
-        _start(run, composed, prepare(composed.config))
-    except Exception as error:  # every other job of the sweep still has its turn
-        run.write_summary(status="failed", error=f"{type(error).__name__}: {error}")
-        print(f"job {' '.join(overrides)} failed: {error}", file=sys.stderr)
-
-
-def resume_run(where: str, others: Sequence[str] = ()) -> None:
+def resume_run(where: str, others: Sequence[str] = ()) -> dict[str, Any]:
     """Continues the run in a directory as if it had never stopped.
+
+    Args:
+        where: the run directory, or its last checkpoint.
+        others: what else was typed, which is refused.
+
+    Returns:
+        The summary.
 
     Raises:
         RunError: there is no run, another process trains it, it has finished, or its checkpoint
@@ -132,7 +146,7 @@ def resume_run(where: str, others: Sequence[str] = ()) -> None:
         prepared = prepare(config, resumed=bool(step))
         if step:
             _check_resumable(run.last, prepared)
-        _report(run, prepared, train(prepared, run, resume_step=step))
+        return _train(prepared, run, step)
 
 
 def _check_resumable(path: Path, prepared: Prepared) -> None:
@@ -194,7 +208,10 @@ def _outcome(row: Mapping[str, Any]) -> str:
     return "  ".join(f"{key}={value:.4f}" for key, value in known.items() if value is not None)
 
 
-def _report(run: RunDirectory, prepared: Prepared, summary: Mapping[str, Any]) -> None:
+def _train(prepared: Prepared, run: RunDirectory, resume_step: int = 0) -> dict[str, Any]:
+    """Trains, and says what came of it and where it is."""
+    summary = train(prepared, run, resume_step=resume_step)
     say(_outcome(summary))
     say(baseline_line(prepared.task, "val"))
     say(f"run directory: {run.path}")
+    return summary

@@ -1,6 +1,5 @@
 """What Lightning and the harness add to a training step, against the same step in a bare loop."""
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -71,11 +70,8 @@ def prepared_run(steps: int) -> Prepared:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Parse the benchmark's own options, measure, print, and write rows if asked."""
-    parser = argparse.ArgumentParser(prog="bench.py harness", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one round")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows here")
-    options = parser.parse_args(arguments)
+    """Parse the benchmark's own options, measure, print, and write rows with `--json`."""
+    options = measure.parser("harness", __doc__, "one round").parse_args(arguments)
     rounds, steps = (1 if options.quick else 6), 60
     kinds: dict[str, Callable[[Prepared, int], list[float]]] = {
         "bare loop": bare_loop,

@@ -5,11 +5,9 @@ that its README states, three times forward for both passes. The layers are a mi
 and the memory that it mixes.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -135,11 +133,9 @@ def _measure(
 
 
 def run(arguments: list[str]) -> None:
-    """Parse the benchmark's own options, measure, print, and write rows if asked."""
-    parser = argparse.ArgumentParser(prog="bench.py matrix", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one length, three rounds")
+    """Parse the benchmark's own options, measure, print, and write rows with `--json`."""
+    parser = measure.parser("matrix", __doc__, "one length, three rounds")
     parser.add_argument("--op", choices=sorted({op for op, _ in CASES.values()}), help="only this")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows here")
     options = parser.parse_args(arguments)
     lengths, rounds = ((LENGTH,), 3) if options.quick else (LENGTHS, 9)
     cases = [case for case, (op, _) in CASES.items() if options.op in (None, op)]

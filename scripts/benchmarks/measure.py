@@ -1,5 +1,6 @@
 """What benchmarks share: the matrix-product rate, interleaved timing, tables, rows."""
 
+import argparse
 import json
 import statistics
 import time
@@ -15,8 +16,26 @@ from mneme.harness.run.run_directory import finite
 Key = TypeVar("Key", bound=Hashable)
 
 
+def parser(benchmark: str, about: str | None, quick: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has, `--quick` and `--json PATH`.
+
+    Args:
+        benchmark: its name.
+        about: its docstring.
+        quick: what `--quick` does.
+    """
+    made = argparse.ArgumentParser(
+        prog=f"bench.py {benchmark}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--quick", action="store_true", help=quick)
+    made.add_argument("--json", type=Path, metavar="PATH", help="write the rows here")
+    return made
+
+
 def print_provenance() -> None:
-    """Print where the numbers below come from."""
+    """Print where the measurements below come from."""
     for name, fact in provenance().items():
         print(f"{name}: {fact}")
 

@@ -11,14 +11,12 @@ Tokens are four batches in turn, so that a step does not find its rows in cache.
 within a round, as medians over rounds. Each line names the share or ratio aimed at.
 """
 
-import argparse
 import gc
 import itertools
 import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,14 +35,21 @@ BATCHES = 4
 PARTS = ("steps", "lookups", "bandwidth", "memory")
 STEP_BARS = {512: 5.0, 2048: 2.5}  # times faster, by tokens
 LOOKUP_BAR, BANDWIDTH_BAR, MEMORY_BAR = 1.5, 0.5, 10.0  # ratio, share, GiB
-COPIED = 2**26  # numbers, 256 MiB: far more than any cache holds
+COPIED = 2**26  # elements, 256 MiB: far more than any cache holds
 Row = dict[str, Any]
 Contenders = Iterator[tuple[str, nn.Module, torch.optim.Optimizer]]
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What is measured: sub-keys of the layers, tokens of a step, rows of tables, rounds."""
+class Scale:
+    """How much the benchmark measures.
+
+    Attributes:
+        sub_keys: of the layers, whose tables have the square of it as rows.
+        tokens: of a training step, one measurement each.
+        tables: rows of the tables that are looked up in, one measurement each.
+        rounds: of timings.
+    """
 
     sub_keys: int
     tokens: tuple[int, ...]
@@ -52,54 +57,48 @@ class Sizes:
     rounds: int
 
 
-FULL = Sizes(sub_keys=1024, tokens=(512, 2048), tables=(2**18, 2**20, 2**22), rounds=9)
-QUICK = Sizes(sub_keys=64, tokens=(64, 128), tables=(2**12, 2**14), rounds=3)
+FULL = Scale(sub_keys=1024, tokens=(512, 2048), tables=(2**18, 2**20, 2**22), rounds=9)
+QUICK = Scale(sub_keys=64, tokens=(64, 128), tables=(2**12, 2**14), rounds=3)
 
 
 def run(arguments: list[str]) -> None:
-    """Parse the benchmark's own options, measure, print, and write rows if asked."""
-    parser = argparse.ArgumentParser(
-        prog="bench.py sparse", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="small tables, for which bars are not meant"
-    )
+    """Parse the benchmark's own options, measure, print, and write rows with `--json`."""
+    parser = measure.parser("sparse", __doc__, "small tables, for which bars are not meant")
     parser.add_argument("--part", choices=PARTS, help="only this")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows here")
     options = parser.parse_args(arguments)
-    sizes = QUICK if options.quick else FULL
+    scale = QUICK if options.quick else FULL
 
     measure.print_provenance()
-    print(f"huge pages asked for: {os.environ.get('THP_MEM_ALLOC_ENABLE', '0') == '1'}")
+    print(f"huge pages requested: {os.environ.get('THP_MEM_ALLOC_ENABLE', '0') == '1'}")
     print(
-        f"width {WIDTH}, {HEADS} heads, {TOP_K} rows each, fp32, medians of {sizes.rounds} rounds"
+        f"width {WIDTH}, {HEADS} heads, {TOP_K} rows each, fp32, medians of {scale.rounds} rounds"
     )
     rows: list[Row] = []
     for part in PARTS if options.part is None else (options.part,):
-        rows += MEASURE[part](sizes)
+        rows += MEASURE[part](scale)
     if options.json:
-        measure.save(options.json, rows, {"sizes": vars(sizes)})
+        measure.save(options.json, rows, {"sizes": vars(scale)})
 
 
-def _steps(sizes: Sizes) -> list[Row]:
+def _steps(scale: Scale) -> list[Row]:
     rows = []
     for family, contenders in {"product keys": _product_keys, "experts": _experts}.items():
-        print(f"\nsteps, {family}, {sizes.sub_keys**2:,} rows:")
-        found = _family(family, contenders(sizes.sub_keys), sizes)
+        print(f"\nsteps, {family}, {scale.sub_keys**2:,} rows:")
+        found = _family(family, contenders(scale.sub_keys), scale)
         print(measure.table([_step_text(row) for row in found]))
         rows += found
         gc.collect()  # models refer to themselves, and the next ones need the memory
     return rows
 
 
-def _family(family: str, contenders: Contenders, sizes: Sizes) -> list[Row]:
+def _family(family: str, contenders: Contenders, scale: Scale) -> list[Row]:
     calls = {
         (name, tokens): call
         for name, model, optimizer in contenders
-        for tokens in sizes.tokens
+        for tokens in scale.tokens
         for call in [_training_step(model, optimizer, tokens)]
     }
-    times = measure.interleaved(calls, sizes.rounds, warmup=BATCHES)
+    times = measure.interleaved(calls, scale.rounds, warmup=BATCHES)
     return [_step_row(family, key, times) for key in sorted(times, key=lambda key: key[1])]
 
 
@@ -212,11 +211,11 @@ def _step_text(row: Row) -> dict[str, str]:
     }
 
 
-def _lookups(sizes: Sizes) -> list[Row]:
-    rows, tokens = [], sizes.tokens[0]
+def _lookups(scale: Scale) -> list[Row]:
+    rows, tokens = [], scale.tokens[0]
     for update in ("lazy", "rowwise"):
-        calls = {count: _read_and_update(count, tokens, update) for count in sizes.tables}
-        times = measure.interleaved(calls, sizes.rounds, warmup=BATCHES)
+        calls = {count: _read_and_update(count, tokens, update) for count in scale.tables}
+        times = measure.interleaved(calls, scale.rounds, warmup=BATCHES)
         rows += [_lookup_row(update, count, tokens, times) for count in times]
         del calls
         gc.collect()
@@ -278,21 +277,21 @@ def _lookup_text(row: Row) -> dict[str, str]:
     }
 
 
-def _bandwidth(sizes: Sizes) -> list[Row]:
+def _bandwidth(scale: Scale) -> list[Row]:
     """Rates of the ops; every looked-up row counts once, and so does every row written."""
     source = torch.ones(COPIED)
     target = torch.empty_like(source)
     calls: dict[Any, Callable[[], object]] = {"copy": lambda: target.copy_(source)}
     moved: dict[Any, int] = {"copy": 2 * 4 * COPIED}
-    count = sizes.tables[-2]
+    count = scale.tables[-2]
     table = torch.ones(count, WIDTH, requires_grad=True)
-    for tokens in sizes.tokens:
+    for tokens in scale.tokens:
         inputs = _random_reads(count, tokens)
         read, written = 4 * WIDTH * tokens * LOOKUPS, 4 * WIDTH * inputs[0][0].unique().numel()
         for name, call in _reads(table, inputs).items():
             calls[name, tokens] = call
             moved[name, tokens] = read + (written if "backward" in name else 0)
-    times = measure.interleaved(calls, sizes.rounds, warmup=BATCHES)
+    times = measure.interleaved(calls, scale.rounds, warmup=BATCHES)
     rows = [_bandwidth_row(key, moved, times) for key in times]
     print(f"\nbandwidth, {count:,} rows; a copy counts what it reads and what it writes:")
     print(measure.table([_bandwidth_text(row) for row in rows]))
@@ -370,8 +369,8 @@ def step(name: str, number: int) -> Callable[[], None]:
     return call
 
 
-def _memory(sizes: Sizes) -> list[Row]:
-    count = sizes.tables[-1]
+def _memory(scale: Scale) -> list[Row]:
+    count = scale.tables[-1]
     gib = peak_memory(__name__, "rowwise", count) / 2**10
     print(
         f"\nmemory: training a table of {count:,} x {WIDTH} with row-wise state takes {gib:.2f} "
@@ -384,7 +383,7 @@ def _ratios(times: list[float], references: list[float]) -> list[float]:
     return [a / b for a, b in zip(times, references, strict=True)]
 
 
-MEASURE: Mapping[str, Callable[[Sizes], list[Row]]] = {
+MEASURE: Mapping[str, Callable[[Scale], list[Row]]] = {
     "steps": _steps,
     "lookups": _lookups,
     "bandwidth": _bandwidth,

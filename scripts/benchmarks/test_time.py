@@ -7,10 +7,8 @@ once per chunk and reads once per chunk, so it does less; with its batch_size eq
 refreshes the weights every chunk, as ours does.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,11 +96,8 @@ def op_step(chunk: int) -> tuple[Callable[[], None], float]:
 
 
 def run(arguments: list[str]) -> None:
-    """Parse the benchmark's own options, measure, print, and write rows if asked."""
-    parser = argparse.ArgumentParser(prog="bench.py test_time", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="three rounds")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows here")
-    options = parser.parse_args(arguments)
+    """Parse the benchmark's own options, measure, print, and write rows with `--json`."""
+    options = measure.parser("test_time", __doc__, "three rounds").parse_args(arguments)
     rounds = 3 if options.quick else 9
 
     product, product_flops = measure.matrix_product()

@@ -1,9 +1,7 @@
 """Cost and memory of a Titans memory against length, and the cost of decoding against position."""
 
-import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,11 +60,10 @@ def decoding(length: int) -> Callable[[], None]:
 
 
 def run(arguments: list[str]) -> None:
-    """Parse the benchmark's own options, measure, print, and write rows if asked."""
-    parser = argparse.ArgumentParser(prog="bench.py test_time_length", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two lengths, three rounds")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows here")
-    options = parser.parse_args(arguments)
+    """Parse the benchmark's own options, measure, print, and write rows with `--json`."""
+    options = measure.parser("test_time_length", __doc__, "two lengths, three rounds").parse_args(
+        arguments
+    )
     lengths, rounds = (LENGTHS[:2], 3) if options.quick else (LENGTHS, 5)
     training = {(kind, length): repeated(kind, length) for length in lengths for kind in KINDS}
     decode = {("decode", length): decoding(length) for length in lengths}

@@ -35,7 +35,7 @@ class Column:
     """One column.
 
     Attributes:
-        word: how it is asked for.
+        word: its name on the command line.
         label: its head in the table.
         read: its value for a run; None if the run has none.
         evaluation: the evaluation that the value is from, for columns of evaluations.
@@ -75,7 +75,7 @@ def default_columns(runs: Sequence[Run], split: Split | None) -> list[Column]:
     """The monitored metric of each task among the runs, then what it cost.
 
     Raises:
-        ReportError: no run was evaluated on the test split, if that is asked for.
+        ReportError: no run was evaluated on the test split, if `split` is "test".
     """
     monitors = dict.fromkeys(run.monitor for run in runs if run.monitor)
     if split == "test":
@@ -102,6 +102,35 @@ def chosen_columns(
             problem = f"{option}: no run has a value for {column.word!r}{hint}"
             raise ReportError(unknown(problem, column.word, _known(runs, split)))
     return columns
+
+
+def sort_rows(
+    rows: Sequence[Row], expression: str, runs: Sequence[Run], split: Split | None
+) -> tuple[list[Row], str]:
+    """The rows from the best figure to the worst, those without one last.
+
+    Of a metric of which less is better the smallest is the best, of all else the largest.
+
+    Args:
+        rows: in any order; equal figures keep theirs.
+        expression: a column, or a quotient of two.
+        runs: of the rows.
+        split: as for columns.
+
+    Returns:
+        The rows, and how they are sorted.
+
+    Raises:
+        ReportError: no run has a value for it, or a value is not a number.
+    """
+    [column] = chosen_columns([expression], runs, split, option="--sort")
+
+    def place(row: Row) -> tuple[bool, float]:
+        figure = _mean(column, row)
+        return (math.isnan(figure), figure if column.lower_is_better else -figure)
+
+    first = "smallest" if column.lower_is_better else "largest"
+    return sorted(rows, key=place), f"Rows are sorted by {expression}, the {first} first."
 
 
 def together(values: Sequence[Any], *, measured: bool) -> str:
@@ -135,8 +164,16 @@ def text(value: Any) -> str:
 
 
 def evaluation_split(split: Split | None) -> Split:
-    """The split of evaluations, which is the test split unless another is asked for."""
+    """The split of evaluations, which is the test split unless `split` names another."""
     return split or "test"
+
+
+def _mean(column: Column, row: Row) -> float:
+    """Over the seeds, as the table shows it; not a number if there is none."""
+    values = column.values(row)
+    if wrong := [v for v in values if isinstance(v, bool) or not isinstance(v, int | float)]:
+        raise ReportError(f"--sort: {column.word} is not a number: {wrong[0]!r}")
+    return statistics.mean(values) if values else math.nan
 
 
 def _found(word: str, runs: Sequence[Run], split: Split | None) -> Column:
@@ -194,15 +231,20 @@ def _of_evaluation(word: str, match: re.Match[str], split: Split) -> Column:
     def evaluation(run: Run) -> Mapping[str, Any] | None:
         """The latest one of the best weights."""
         wanted = length * (run.seq_len or 0) if match["multiple"] else length
-        asked = {"split": split, "seq_len": wanted, "carry": carried, "checkpoint": "best.ckpt"}
-        return next((e for e in reversed(run.evaluations) if asked.items() <= e.items()), None)
+        wanted_row = {
+            "split": split,
+            "seq_len": wanted,
+            "carry": carried,
+            "checkpoint": "best.ckpt",
+        }
+        return next((e for e in reversed(run.evaluations) if wanted_row.items() <= e.items()), None)
 
     def read(run: Run) -> Any:
         found = evaluation(run)
         return None if found is None else _values(found).get(metric)
 
-    length_asked = f" at {length}x" if match["multiple"] and length > 1 else f" at {length:,}"
-    at = "" if match["multiple"] and length == 1 else length_asked
+    at_length = f" at {length}x" if match["multiple"] and length > 1 else f" at {length:,}"
+    at = "" if match["multiple"] and length == 1 else at_length
     label = f"{metric}{at}{', state carried' if carried else ''} ({split})"
     return Column(word, label, read, evaluation, metric)
 

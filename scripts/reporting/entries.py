@@ -78,12 +78,12 @@ def differing(several: Sequence[Entries]) -> list[str]:
 
 
 def paths(several: Iterable[Entries]) -> list[str]:
-    """All paths of any, in order."""
+    """The paths of all entries, each once, in order."""
     return list(dict.fromkeys(path for entries in several for path in entries))
 
 
 def value(entries: Entries, path: str) -> str:
-    """A value to compare by."""
+    """The value at a path, or a mark where there is none, as JSON text to compare by."""
     return json.dumps(entries.get(path, _ABSENT))
 
 

@@ -30,10 +30,10 @@ def parsed(
     return parser.parse_args(arguments)
 
 
-def publish(report: str, asked: argparse.Namespace) -> None:
-    """Puts a report between the markers of `asked.name` in `asked.out`, if given, and prints it."""
-    if asked.out:
-        place(report, asked.out, asked.name)
+def publish(report: str, options: argparse.Namespace) -> None:
+    """Prints a report, and puts it between its markers in `options.out`, if that is given."""
+    if options.out:
+        place(report, options.out, options.name)
     print(report)
 
 

@@ -36,7 +36,7 @@ _DIVERGED = re.compile(r"the (loss|gradient) is .+ at step \d+")  # as NonFinite
 
 
 class ReportError(RunError):
-    """A report that cannot be made as asked."""
+    """A report that cannot be made: of these runs, or with these options."""
 
 
 @dataclass(frozen=True)

@@ -47,21 +47,21 @@ class Job:
 
     @property
     def run_directory(self) -> RunDirectory:
-        """Where it writes."""
+        """Its files."""
         return RunDirectory(self.path)
 
     @property
     def arguments(self) -> list[str]:
-        """Of train.py: goes on where the run stopped, which may be before its first step."""
-        return [f"resume={self.path}"] if self.exists else list(self.overrides)
+        """Of train.py: starts the run, or goes on where it stopped."""
+        return ["resume=auto", *self.overrides]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """All that a reproduction may run.
+    """All runs that a reproduction may take.
 
     Attributes:
-        reproduction: what is asked for.
+        reproduction: the contents of the file.
         place: a folder with one folder per row.
     """
 
@@ -88,7 +88,7 @@ class Grid:
         having = [(job, run) for job, run in results if run.finished and run.best]
         return max(having, key=lambda pair: _goodness(pair[1]), default=(None,))[0]
 
-    def chosen(self, label: str) -> list[Job]:
+    def reported(self, label: str) -> list[Job]:
         """The runs for the table: every seed at the best value."""
         best = self.best(label)
         if best is None:

@@ -4,15 +4,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from mneme.harness.config.check import check_value
-from mneme.harness.config.signatures import readable, signature_of
+from mneme.harness.config.signatures import element_of, readable, signature_of
 from mneme.harness.config.targets import suggest
 from mneme.harness.run.run_directory import RunError
 from scripts.report import report_parser
@@ -24,7 +23,7 @@ _LABEL = re.compile(r"[\w.+=-]+( [\w.+=-]+)*")  # what --rows, a folder and Hydr
 
 
 class ReproductionError(RunError):
-    """A reproduction that cannot be made as asked."""
+    """A reproduction that cannot be made: of this file, or with these options."""
 
 
 @dataclass(frozen=True)
@@ -110,20 +109,15 @@ def _problems(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}: needs a value of type {readable(types[key])}"
 
 
-def _misfits(value: Any, hint: Any, where: str) -> Iterator[str]:
-    """As `check_value`, which looks at one item of a list only, for every item."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is UnionType and value is not None:
-        yield from _misfits(value, inner[0], where)
-    elif origin is list and isinstance(value, list):
-        for i, item in enumerate(value):
-            yield from _misfits(item, inner[0], f"{where}.{i}")
-    elif origin is dict and isinstance(value, dict):
-        for key, item in value.items():
-            yield from check_value(key, inner[0], where)
-            yield from _misfits(item, inner[1], f"{where}.{key}")
-    else:
-        yield from check_value(value, hint, where)
+def _misfits(value: Any, hint: Any, where: str) -> list[str]:
+    """As `check_value`, but naming the item of a list or mapping that does not fit."""
+    found: list[str] = []
+    if isinstance(value, list | dict) and (inner := element_of(hint)) is not object:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        found = [
+            problem for key, item in items for problem in _misfits(item, inner, f"{where}.{key}")
+        ]
+    return found or list(check_value(value, hint, where))
 
 
 def _senseless(reproduction: Reproduction) -> Iterator[str]:

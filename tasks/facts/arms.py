@@ -1,4 +1,4 @@
-"""What one model knows of the same facts under several routes."""
+"""Metrics of the same facts, asked for under several routes."""
 
 from collections.abc import Iterable
 
@@ -22,7 +22,7 @@ class ArmMetrics(Metrics):
     Args:
         exposures: how often training tells the facts.
         objects: the O tokens that stand for objects.
-        arms: names, in the order of the numbers in the slice `arm`.
+        arms: names; the slice `arm` holds indices of them.
     """
 
     def __init__(self, exposures: Exposures, objects: range, arms: Iterable[str]) -> None:
@@ -30,9 +30,9 @@ class ArmMetrics(Metrics):
 
     def update(self, logits: Tensor, batch: Batch) -> None:
         """Counts one batch; `logits` is `[B, T, V]`, the slices `fact` and `arm` are `[B]`."""
-        asked = batch.slices["arm"].to(batch.targets.device)[:, None]
-        for number, metrics in enumerate(self.arms.values()):
-            targets = batch.targets.where(asked == number, IGNORE)
+        arm_of = batch.slices["arm"].to(batch.targets.device)[:, None]
+        for arm, metrics in enumerate(self.arms.values()):
+            targets = batch.targets.where(arm_of == arm, IGNORE)
             metrics.update(logits, batch._replace(targets=targets))
 
     def compute(self) -> dict[str, float]:

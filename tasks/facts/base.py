@@ -7,7 +7,6 @@ import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +25,8 @@ class Zipf:
 
     Attributes:
         subjects: S.
-        power: a; 0 makes all subjects equally frequent.
-        offset: i0, above -1; the larger, the less the first subjects stand out.
+        power: a; 0 makes all subjects equally frequent; default 1.
+        offset: i0, above -1; the larger, the less the first subjects stand out; default 0.
 
     Raises:
         ValueError: the offset is too low.
@@ -52,12 +51,12 @@ class Zipf:
         return weights / weights.sum()
 
     def draw(self, rng: np.random.Generator, count: int) -> Ints:
-        """Subjects in `[0, S)`, `[N]`."""
+        """Draws N = `count` subjects, `[N]` in `[0, S)`; 0 is the subject of rank 1."""
         return np.searchsorted(self._cumulated, rng.random(count), side="right")
 
     @cached_property
     def _cumulated(self) -> NDArray[np.float64]:
-        """`[S]`, the last of them exactly 1."""
+        """`[S]`, the sums of `odds` up to each subject; the last is exactly 1."""
         sums = self.odds.cumsum()
         return sums / sums[-1]
 
@@ -80,9 +79,6 @@ class FactTask(Task):
         batch_size: as in `Task`.
         seed: as in `Task`.
     """
-
-    monitor = "accuracy"
-    monitor_mode: Literal["min", "max"] = "max"
 
     def __init__(
         self,
@@ -158,7 +154,7 @@ class FactTask(Task):
         return super().baselines(split) | {"a dictionary of what was told": self.dictionary_level}
 
     def facts(self) -> Facts:
-        """What to record with a run, so that its numbers can be read later."""
+        """What to record with a run, so that its results can be read later."""
         count = len(self.exposures.times)
         return super().facts() | {
             "dictionary_level": self.dictionary_level,

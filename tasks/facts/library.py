@@ -1,4 +1,4 @@
-"""A library of documents, each about one subject: a world of facts, told in words.
+"""A library of documents, each about one subject, that tell drawn facts in words.
 
 G topics, S subjects, R relations, O objects; N documents, T words of each, F facts.
 Fact `s * R + r` is that of subject s and relation r. Words are given by their ids.
@@ -37,7 +37,7 @@ GENERIC = (
 
 @dataclass(frozen=True)
 class LibraryOptions:
-    """How large a library's world is.
+    """How large a library is; the defaults are those of the fields.
 
     Attributes:
         topics: G.
@@ -50,7 +50,7 @@ class LibraryOptions:
         topic_words: how many words each topic has for itself, and each field for its topics.
 
     Raises:
-        ValueError: a number is out of range, or there are too few names for the subjects.
+        ValueError: an option is out of range, or there are too few names for the subjects.
     """
 
     topics: int = 16
@@ -91,7 +91,7 @@ class LibraryOptions:
 
 
 class Library(NamedTuple):
-    """All that is true, and the words to say it.
+    """The facts that were drawn, and the words that documents tell them in.
 
     Attributes:
         words: all words; the last O are the objects.
@@ -153,10 +153,10 @@ def make_library(rng: np.random.Generator, options: LibraryOptions) -> Library:
 
 
 def _names(rng: np.random.Generator, topic: Ints, given: Ints, surnames: Ints) -> Ints:
-    """`[S, 2]`, different pairs; `surnames` is `[G, n]`."""
+    """Given name and surname of each subject, `[S, 2]`, no two alike; `surnames` is `[G, n]`."""
     names = np.empty((len(topic), 2), dtype=np.int64)
-    for number, own in enumerate(surnames):
-        members = np.flatnonzero(topic == number)
+    for index, own in enumerate(surnames):
+        members = np.flatnonzero(topic == index)
         pairs = rng.permutation(len(given) * len(own))[: len(members)]
         names[members] = np.stack([given[pairs // len(own)], own[pairs % len(own)]], axis=1)
     return names
@@ -187,7 +187,7 @@ def write(library: Library, rng: np.random.Generator, subjects: Ints, length: in
         winter lokish the craft of belu torani is kamen bavush
 
     Args:
-        library: what is true.
+        library: the facts and the words.
         rng: the only source of randomness.
         subjects: `[N]`.
         length: T, at least `shortest_document(R)`.
@@ -217,7 +217,7 @@ def ask_for(library: Library, facts: Ints) -> tuple[Ints, Ints]:
     them, in one of five tellings of a fact; the other four tell it in other words.
 
     Args:
-        library: what is true.
+        library: the facts and the words.
         facts: `[F]`, which facts to ask for.
     """
     subject, relation = np.divmod(facts, len(library.relations))

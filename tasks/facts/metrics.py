@@ -1,4 +1,4 @@
-"""How much of a world of facts a model knows, by how often training told each of them.
+"""How many of the facts a model knows, by how often training told each of them.
 
 F facts, P phases of training, D decades of exposures.
 """
@@ -17,7 +17,7 @@ from mneme.tasks.metrics import Metrics, score
 Sums = dict[str, float]
 
 # What is summed over the facts of one phase and one decade, in this order.
-SUMS = ("asked", "right", "nll", "odds", "right_odds", "stored", "bits", "log_exposures")
+SUMS = ("count", "right", "nll", "odds", "right_odds", "stored", "bits", "log_exposures")
 
 
 class Exposures(NamedTuple):
@@ -67,7 +67,7 @@ class FactMetrics(Metrics):
         self.objects = objects
         self.edges = torch.tensor(decades(int(exposures.times.max())))
         phases = int(exposures.phase.max()) + 1
-        self.sums = torch.zeros(phases, len(self.edges), len(SUMS), dtype=torch.float64)
+        self.totals = torch.zeros(phases, len(self.edges), len(SUMS), dtype=torch.float64)
 
     def update(self, logits: Tensor, batch: Batch) -> None:
         """Counts one batch; `logits` is `[B, T, V]`, the slice `fact` is `[B]`."""
@@ -75,7 +75,7 @@ class FactMetrics(Metrics):
         fact = batch.slices["fact"].cpu()[scores.where // batch.targets.shape[1]]
         exposures, odds, phase = (values[fact] for values in self.exposures)
         columns = {
-            "asked": torch.ones_like(odds),
+            "count": torch.ones_like(odds),
             "right": scores.right.double(),
             "nll": scores.nll,
             "odds": odds,
@@ -87,7 +87,7 @@ class FactMetrics(Metrics):
         decade = torch.searchsorted(self.edges, exposures, right=True) - 1
         cell = phase * len(self.edges) + decade
         rows = torch.stack([columns[name] for name in SUMS], dim=1)  # [N, sums]
-        self.sums.view(-1, len(SUMS)).index_add_(0, cell, rows)
+        self.totals.view(-1, len(SUMS)).index_add_(0, cell, rows)
 
     def _gain(self, nll: Tensor) -> Tensor:
         """The bits that a model has of objects to which it gives these negative log likelihoods."""
@@ -101,34 +101,26 @@ class FactMetrics(Metrics):
 
     def compute(self) -> dict[str, float]:
         """The metrics of everything counted so far, by flat name."""
-        whole = _named(self.sums.sum((0, 1)))
-        if not whole["asked"]:
+        whole = _named(self.totals.sum((0, 1)))
+        if not whole["count"]:
             raise ValueError("no fact was asked for, so there is nothing to average over")
-        scale = len(self.exposures.times) / whole["asked"]
+        scale = len(self.exposures.times) / whole["count"]
         metrics = {
-            "loss": whole["nll"] / whole["asked"],
+            "loss": whole["nll"] / whole["count"],
             "accuracy": _accuracy(whole),
             "accuracy_weighted": whole["right_odds"] / whole["odds"],
             "facts_stored": whole["stored"] * scale,
             "stored_bits": whole["bits"] * scale,
         }
-        by_decade = _occurred(self.edges.tolist(), self.sums.sum(0))
+        by_decade = _occurred(self.edges.tolist(), self.totals.sum(0))
         metrics |= {f"accuracy/exposures={edge}": _accuracy(d) for edge, d in by_decade.items()}
-        if len(self.sums) > 1:
-            by_phase = _occurred(range(len(self.sums)), self.sums.sum(1))
+        if len(self.totals) > 1:
+            by_phase = _occurred(range(len(self.totals)), self.totals.sum(1))
             return metrics | {
                 f"accuracy/phase={phase}": _accuracy(p) for phase, p in by_phase.items()
             }
         half = _half_exposures([sums for edge, sums in by_decade.items() if edge])
         return metrics if half is None else metrics | {"half_exposures": half}
-
-    def state(self) -> Tensor:
-        """A copy of the sums: one float64 vector, laid out alike on every rank."""
-        return self.sums.flatten().clone()
-
-    def load_sum(self, total: Tensor) -> None:
-        """Replaces the sums, by those of all ranks for example."""
-        self.sums = total.detach().cpu().double().clone().view_as(self.sums)
 
 
 def decades(largest: int) -> list[int]:
@@ -141,18 +133,18 @@ def _named(sums: Tensor) -> Sums:
 
 
 def _occurred(labels: Iterable[int], sums: Tensor) -> dict[int, Sums]:
-    """The sums of each group of which a fact was asked for, by label."""
+    """Label to the sums of each group that counts a fact."""
     groups = zip(labels, map(_named, sums), strict=True)
-    return {label: group for label, group in groups if group["asked"]}
+    return {label: group for label, group in groups if group["count"]}
 
 
 def _accuracy(sums: Sums) -> float:
-    return sums["right"] / sums["asked"]
+    return sums["right"] / sums["count"]
 
 
 def _half_exposures(decades: Sequence[Sums]) -> float | None:
     """Where accuracy first rises through one half from one decade to the next, if anywhere."""
-    points = [(sums["log_exposures"] / sums["asked"], _accuracy(sums)) for sums in decades]
+    points = [(sums["log_exposures"] / sums["count"], _accuracy(sums)) for sums in decades]
     for (x, y), (next_x, next_y) in pairwise(points):
         if y < 0.5 <= next_y:
             return math.exp(x + (0.5 - y) / (next_y - y) * (next_x - x))

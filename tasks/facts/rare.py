@@ -61,17 +61,18 @@ class RareFacts(FactTask):
     - "generic": `NO_ROUTE`. With `routes="none"` it is the only arm, and gives no routes.
 
     Args:
-        library: how large the world is.
+        library: how many subjects, relations, objects and words there are.
         routing: the tree, and the router. Fitting takes about a second, when first asked for.
-        routes: of training.
+        routes: of training; default "router".
         ask: the arms; the first is the one that `accuracy` is of. By default one: "question",
             "topic", "random" or "generic", in the order of `routes` above.
-        power: a; 0 makes all subjects equally frequent.
-        offset: i0, above -1; the larger, the less the first subjects stand out.
-        counted_batches: exposures are counted over so many training batches; see `FactTask`.
-        document_words: T. A training sequence reads all words but the last, so `seq_len` is T - 1.
-        batch_size: documents in a training batch, and about so many questions in another.
-        seed: all randomness of the data follows from it, the router's too.
+        power, offset: of the frequencies; see `Zipf`.
+        counted_batches: see `FactTask`; default 1000.
+        document_words: T, default 33. A training sequence reads all words but the last, so
+            `seq_len` is T - 1.
+        batch_size: documents in a training batch, and about so many questions in one of
+            evaluation; default 128.
+        seed: all randomness of the data follows from it, the router's too; default 0.
 
     Raises:
         ValueError: an option is out of range, or documents are too short for their facts.
@@ -196,11 +197,15 @@ class RareFacts(FactTask):
             "fact": torch.from_numpy(facts).repeat(arms),
             "arm": torch.arange(arms).repeat_interleave(len(facts)),
         }
-        route = None if self.leaves is None else torch.from_numpy(self._asked[:, facts].reshape(-1))
+        route = (
+            None
+            if self.leaves is None
+            else torch.from_numpy(self._question_routes[:, facts].reshape(-1))
+        )
         return Batch(inputs, targets, slices, route)
 
     @cached_property
-    def _asked(self) -> Ints:
+    def _question_routes(self) -> Ints:
         """`[arms, F]`: the leaf of each question."""
         return np.stack([self.routing.of_questions(arm) for arm in self.arms])
 
@@ -210,6 +215,6 @@ class RareFacts(FactTask):
         return ArmMetrics(self.exposures, objects, self.arms)
 
     def facts(self) -> Facts:
-        """What to record with a run, so that its numbers can be read later."""
+        """What to record with a run, so that its results can be read later."""
         world = asdict(self.options)
         return super().facts() | world | self.routing.facts() | {"ask": " ".join(self.arms)}

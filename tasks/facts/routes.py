@@ -37,7 +37,7 @@ class RoutingOptions:
     Attributes:
         branching: k, children of each node; at least 2.
         depth: p, levels; there are k ** p leaves.
-        components: numbers of a text's vector at most. With about as many as there are surnames,
+        components: elements of a text's vector at most. With about as many as there are surnames,
             leaves tell the surnames of a topic apart.
         texts: the router is fitted to documents of at most so many subjects, the first by rank.
         balance: while the router is fitted, a node with more than so many times its even share of
@@ -47,7 +47,7 @@ class RoutingOptions:
             Another machine may round otherwise, and then fits a router with another hash.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: an option is out of range.
     """
 
     branching: int = 4
@@ -70,7 +70,7 @@ class RoutingOptions:
 
     @property
     def leaves(self) -> int:
-        """L."""
+        """L = branching ** depth."""
         return int(self.branching**self.depth)
 
 
@@ -203,7 +203,7 @@ def _load(folder: str, options: RoutingOptions) -> Router:
 
 
 def topic_routes(library: Library, leaves: int) -> Ints:
-    """The leaf of each subject, `[S]`, by what is true rather than by a text.
+    """The leaf of each subject, `[S]`, from its topic and names rather than from a text.
 
     Subjects stand in the order of their topics, then surnames, then given names, and leaves are
     stretches of that order that are as long as each other, up to one subject. So the subjects of a

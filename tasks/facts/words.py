@@ -42,8 +42,8 @@ def invent(
             f"{kind}: {count} different words of {syllables} syllables are asked for, but there "
             f"are {most}"
         )
-    numbers = distinct(rng, 1, count, most)[0]
-    digits = numbers[:, None] // len(SYLLABLES) ** np.arange(syllables) % len(SYLLABLES)
+    codes = distinct(rng, 1, count, most)[0]
+    digits = codes[:, None] // len(SYLLABLES) ** np.arange(syllables) % len(SYLLABLES)
     return ["".join(SYLLABLES[digit] for digit in word) + ending for word in digits.tolist()]
 
 

@@ -18,7 +18,7 @@ PHASES = 2
 
 
 class World(NamedTuple):
-    """All that is true. Fact `s * R + r` is that of subject s and relation r.
+    """The facts that were drawn. Fact `s * R + r` is that of subject s and relation r.
 
     Attributes:
         names: `[2S, k]` letters in `[0, A)`, no two rows alike; the first S are the subjects of the
@@ -59,8 +59,10 @@ def make_world(
         letters: k.
     """
     alphabet = alphabet_for(subjects, letters)
-    numbers = distinct(rng, 1, PHASES * subjects, alphabet**letters)[0]  # names read as numbers
-    names = numbers[:, None] // alphabet ** np.arange(letters, dtype=np.int64) % alphabet
+    codes = distinct(rng, 1, PHASES * subjects, alphabet**letters)[
+        0
+    ]  # a name, with letters as digits
+    names = codes[:, None] // alphabet ** np.arange(letters, dtype=np.int64) % alphabet
     return World(names, rng.integers(objects, size=(PHASES * subjects, relations)), alphabet)
 
 
@@ -78,7 +80,7 @@ def tell(world: World, facts: Ints) -> Batch:
         targets    .  .  . 13     (. is IGNORE)
 
     Args:
-        world: what is true.
+        world: the facts.
         facts: `[N]`, which facts to tell.
 
     Returns:

@@ -30,28 +30,21 @@ class ZipfFacts(FactTask):
     facts. The embedding of objects stores no facts by itself, but a model that ties it to its
     output has fewer parameters; compare models that do the same.
 
-    Which facts are told is a function of the seed and the number of batches, so exposures are
-    counted exactly, by drawing the batches again. They are those of the whole run in every
-    validation on the way, so that a curve is about the same facts throughout.
-
     With `second_phase_after`, training goes on to the facts of S other subjects, as many and as
     frequent, and those of the first are not told again. `accuracy/phase=0` is then what has been
     kept, in the last validation rather than in the one where accuracy over both was best.
 
     Args:
-        subjects: S.
-        relations: R.
-        objects: O.
-        power: a; 0 makes all subjects equally frequent.
-        offset: i0, above -1; the larger, the less the first subjects stand out.
-        subject_tokens: k.
-        counted_batches: exposures are counted over so many training batches. A run has
-            `trainer.max_steps` of them, times `trainer.accumulate_grad_batches` and the number of
-            processes; another number is refused when training starts.
+        subjects: S; default 20,000.
+        relations: R; default 2.
+        objects: O; default 256.
+        power, offset: of the frequencies; see `Zipf`.
+        subject_tokens: k; default 2.
+        counted_batches: see `FactTask`; default 1000.
         second_phase_after: so many training batches tell the facts of the first phase, those after
             them the facts of the second; by default there is no second.
-        batch_size: facts in a batch.
-        seed: all randomness of the data follows from it.
+        batch_size: facts in a batch; default 1024.
+        seed: all randomness of the data follows from it; default 0.
     """
 
     name = "facts"
@@ -97,7 +90,7 @@ class ZipfFacts(FactTask):
 
     @cached_property
     def world(self) -> World:
-        """All that is true, in both phases."""
+        """The names of all subjects and their facts, of both phases."""
         return make_world(
             stream(self.seed, WORLD_STREAM),
             subjects=self.subjects,
@@ -143,7 +136,7 @@ class ZipfFacts(FactTask):
         return FactMetrics(self.exposures, range(self.vocab_size - self.objects, self.vocab_size))
 
     def facts(self) -> Facts:
-        """What to record with a run, so that its numbers can be read later."""
+        """What to record with a run, so that its results can be read later."""
         return super().facts() | {
             "relations": self.relations,
             "subject_tokens": self.seq_len - 2,

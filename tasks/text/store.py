@@ -230,7 +230,7 @@ class _Encoded:
 
     @property
     def size(self) -> SplitSize:
-        """So far."""
+        """What was added so far: files, bytes, tokens and a checksum of the ids."""
         tokens = int(self.counts.sum())
         return SplitSize(self._files, self._bytes, tokens, self._checksum.hexdigest())
 
@@ -277,7 +277,7 @@ class _Encoded:
 
 
 def _excerpt(text: bytes, place: int) -> str:
-    """What stands around a place, quoted."""
+    """The 24 bytes around a place of a text, quoted."""
     start = max(0, place - 12)
     return repr(text[start : place + 12].decode("utf-8", errors="replace"))
 

@@ -46,17 +46,19 @@ class Text(Task):
 
     A text is only scored in bits per byte if its tokens stand for exactly its bytes, which is
     checked over the whole corpus. A tokenizer that was declared to be `lossy` is scored by its loss
-    per token instead, a number that compares models with the same tokenizer only.
+    per token instead, which compares models with the same tokenizer only.
 
     Splits are made by file: see `split_documents`. Tokens are prepared on first use and cached.
 
     Args:
         source: where the text comes from.
         tokenizer: how it becomes tokens.
-        seq_len: T, length of training windows, and of evaluation blocks unless asked otherwise.
-        batch_size: windows in a batch, and lanes in evaluation unless asked otherwise.
-        eval_tokens: targets to score per evaluation; the default takes seconds.
-        seed: all randomness of the training data follows from it; evaluation has none.
+        seq_len: T, length of training windows and, unless `eval_batches` is given another, of
+            evaluation blocks; default 256.
+        batch_size: windows in a batch and, unless `eval_batches` is given another, lanes in
+            evaluation; default 16.
+        eval_tokens: targets to score per evaluation; the default, 262,144, takes seconds.
+        seed: all randomness of the training data follows from it; evaluation has none. Default 0.
         cache_dir: where prepared tokens are kept: by default `$MNEME_CACHE`, or
             `~/.cache/mneme` if that is not set.
     """
@@ -158,7 +160,7 @@ class Text(Task):
         return f"no bits per byte, as the tokenizer is declared to be lossy: {found}"
 
     def facts(self) -> Facts:
-        """What to record with a run, so that its numbers can be read later."""
+        """What to record with a run, so that its results can be read later."""
         meta = self.store.meta
         sizes = {
             f"{split}_{unit}": getattr(size, unit)

@@ -4,7 +4,9 @@ import errno
 import io
 import json
 import os
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -12,10 +14,20 @@ import pytest
 
 import train
 from mneme.harness.cli import report_errors
+from mneme.harness.config.check import ConfigError
 from mneme.harness.config.compose import CONFIG_DIR
 from mneme.harness.run.metrics_file import read_metrics
-from mneme.harness.run.run_directory import RunDirectory
+from mneme.harness.run.run_directory import RunDirectory, RunError
+from mneme.models import optim
 from tests.harness.conftest import ROOT, TINY, program
+from tests.harness.test_signals import ran, struck
+from tests.harness.test_signals import train as run_train
+
+
+def script(*arguments):
+    """What `python ARGUMENTS` does, for `ran`: in a fork, without the seconds of its imports."""
+    sys.argv = list(arguments)
+    runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
 
 
 def test_a_typo_stops_the_run_with_one_message(tmp_path):
@@ -49,20 +61,22 @@ def test_a_typo_is_answered_before_anything_slow_is_imported(tmp_path):
 
 def test_a_sweep_reports_every_job_and_fails_if_one_does(tmp_path):
     # the second job cannot be built: 3 heads do not divide the width
-    done = program("train.py", "-m", *TINY, "mixer.heads=1,3,2", cwd=tmp_path, timeout=240)
-    assert done.returncode == 1, done.stderr
+    status, said = ran(tmp_path, run_train, "-m", *TINY, "mixer.heads=1,3,2")
+    assert status == 1, said
     summaries = sorted(tmp_path.glob("runs/*_sweep/*/summary.json"))
     statuses = [json.loads(path.read_text())["status"] for path in summaries]
     assert statuses == ["finished", "failed", "finished"]
-    assert "heads (3) must divide d_model (16)" in done.stdout
-    assert done.stdout.count("val/accuracy=") >= 2
+    assert "heads (3) must divide d_model (16)" in said.partition("\nsweep:")[2]
+    assert said.count("val/accuracy=") >= 2
+    failed = json.loads(summaries[1].read_text())
+    assert "mixer.heads=3" in failed["overrides"]
 
 
 def test_a_stopped_sweep_goes_on(tmp_path):
     """Its first job had finished, its second saved nothing yet, its third had not begun."""
     sweep = ["-m", *TINY, "mixer.heads=1,2,4"]
-    done = program("train.py", *sweep, cwd=tmp_path, timeout=240)
-    assert done.returncode == 0, done.stderr
+    status, said = ran(tmp_path, run_train, *sweep)
+    assert status == 0, said
     (folder,) = tmp_path.glob("runs/*_sweep")
     whole = [read_metrics(folder / str(job) / "metrics.csv") for job in range(3)]
     before = (folder / "0" / "summary.json").read_bytes()
@@ -72,22 +86,54 @@ def test_a_stopped_sweep_goes_on(tmp_path):
     resumed.last.unlink()  # as if it had been killed before its first checkpoint
     resumed.metrics.write_text(rows[0])
     shutil.rmtree(folder / "2")
-    done = program("train.py", f"resume={folder}", cwd=tmp_path, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("has finished before") == 1
+    status, said = ran(tmp_path, run_train, f"resume={folder}")
+    assert status == 0, said
+    assert said.count("has finished before") == 1
     assert (folder / "0" / "summary.json").read_bytes() == before
     again = [read_metrics(folder / str(job) / "metrics.csv") for job in range(3)]
     losses = [[row.get("val/loss") for row in rows] for rows in (*whole, *again)]
     assert losses[:3] == losses[3:]
-    done = program("train.py", f"resume={folder}", "seed=1", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "leave out seed=1" in done.stderr
+    with pytest.raises(RunError, match="leave out seed=1"):
+        train.main([f"resume={folder}", "seed=1"])
+
+
+def test_the_same_command_starts_a_run_and_goes_on_with_it(tmp_path, capsys):
+    """`resume=auto`: before its first step, in its middle, and when it has finished."""
+    run = RunDirectory(tmp_path / "run")
+    command = ["resume=auto", *TINY, f"run_dir={run.path}"]
+    moment = (optim, "clip_by_groups", 4)
+    status, said = struck(tmp_path, signal.SIGTERM, moment, run_train, *command)
+    assert status == 0, said
+    assert run.read_summary()["status"] == "interrupted"
+    train.main(command)
+    assert run.read_summary()["resumed"][0]["step"] == 4
+    assert [row["step"] for row in read_metrics(run.metrics) if "train/loss" in row] == [
+        *range(1, 7)
+    ]
+    before = run.summary.read_bytes()
+    train.main(command)
+    assert run.summary.read_bytes() == before
+    assert f"the run in {run.path} has finished before" in capsys.readouterr().out
+
+
+def test_a_run_of_other_options_is_not_gone_on_with(train_tiny):
+    run, _ = train_tiny()
+    before = run.config.read_bytes()
+    command = ["resume=auto", *TINY, "optimizer.lr=0.5", "mixer.heads=2", f"run_dir={run.path}"]
+    with pytest.raises(
+        ConfigError, match=r"of other options: they differ in mixer, model, optimizer; choose"
+    ):
+        train.main(command)
+    assert run.config.read_bytes() == before
+    with pytest.raises(ConfigError, match="run_dir: name the directory of the run"):
+        train.main(command[:-1])
 
 
 def test_a_typo_in_a_sweep_stops_it_before_any_job(tmp_path):
-    done = program("train.py", "-m", *TINY, "mixer.heads=1,2", "mixer.sise=1,2", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "GatedDeltaNet has no option 'sise'" in done.stderr
+    sweep = ["-m", *TINY, "mixer.heads=1,2", "mixer.sise=1,2"]
+    status, said = ran(tmp_path, script, "train.py", *sweep)
+    assert status == 2
+    assert "GatedDeltaNet has no option 'sise'" in said
     assert not list(tmp_path.iterdir())
 
 
@@ -101,20 +147,20 @@ def test_a_flag_that_does_not_exist_is_named(tmp_path, monkeypatch, capsys):
 
 
 def test_help_lists_the_groups(tmp_path):
-    done = program("train.py", "--help", cwd=tmp_path)
-    assert done.returncode == 0
+    status, said = ran(tmp_path, script, "train.py", "--help")
+    assert status == 0
     mixers = sorted(path.stem for path in (CONFIG_DIR / "mixer").glob("*.yaml"))
-    assert f"mixer: {', '.join(mixers)}" in " ".join(done.stdout.split())
-    assert "resume=" in done.stdout
+    assert f"mixer: {', '.join(mixers)}" in " ".join(said.split())
+    assert "resume=" in said
 
 
 @pytest.mark.parametrize(
-    "script", ["eval.py", "scripts/budget.py", "scripts/bench.py", "scripts/demo.py"]
+    "name", ["eval.py", "scripts/budget.py", "scripts/bench.py", "scripts/demo.py"]
 )
-def test_other_programs_explain_themselves(script, tmp_path):
-    done = program(script, "--help", cwd=tmp_path)
-    assert done.returncode == 0
-    assert "python" in done.stdout
+def test_other_programs_explain_themselves(name, tmp_path):
+    status, said = ran(tmp_path, script, name, "--help")
+    assert status == 0
+    assert "python" in said
 
 
 def test_budget_prints_the_costs_of_a_composed_model(tmp_path):
@@ -126,9 +172,9 @@ def test_budget_prints_the_costs_of_a_composed_model(tmp_path):
 
 
 def test_budget_checks_its_command_line(tmp_path):
-    done = program("scripts/budget.py", "mixer=sliding_windo", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "did you mean 'sliding_window'?" in done.stderr
+    status, said = ran(tmp_path, script, "scripts/budget.py", "mixer=sliding_windo")
+    assert status == 2
+    assert "did you mean 'sliding_window'?" in said
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pty
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 
@@ -109,13 +110,23 @@ def at_call(owner, name, count, action):
     return prepare
 
 
-def struck(tmp_path, number, moment, main, *arguments):
-    """The exit status and the output of a program that is sent a signal at a moment."""
-    with (tmp_path / "output").open("w+") as output:
-        prepare = at_call(*moment, lambda: os.kill(os.getpid(), number))
-        status = Fork(main, *arguments, prepare=prepare, output=output.fileno()).ended()
+def ran(tmp_path, main, *arguments, prepare=lambda: None):
+    """The exit status and the output of a program that runs in a folder."""
+
+    def begin():
+        os.chdir(tmp_path)
+        prepare()
+
+    with tempfile.TemporaryFile("w+") as output:
+        status = Fork(main, *arguments, prepare=begin, output=output.fileno()).ended()
         output.seek(0)
         return status, output.read()
+
+
+def struck(tmp_path, number, moment, main, *arguments):
+    """The same of a program that is sent a signal at a moment."""
+    prepare = at_call(*moment, lambda: os.kill(os.getpid(), number))
+    return ran(tmp_path, main, *arguments, prepare=prepare)
 
 
 MODULE = lightning_module.SequenceModule
@@ -214,10 +225,9 @@ def test_an_evaluation_shows_progress_on_a_terminal_only(train_tiny, tmp_path):
             said += piece
     assert fork.ended() == 0
     assert "16 tokens: batch" in said.decode()
-    with (tmp_path / "output").open("w+") as output:
-        assert Fork(evaluate, *arguments, output=output.fileno()).ended() == 0
-        output.seek(0)
-        assert "tokens: batch" not in output.read()
+    status, said = ran(tmp_path, evaluate, *arguments)
+    assert status == 0
+    assert "tokens: batch" not in said
 
 
 def _read(terminal):

@@ -5,14 +5,14 @@ import math
 import pytest
 
 from scripts import class_incremental
-from scripts.class_incremental import Sizes, learn
+from scripts.class_incremental import StreamSizes, learn
 
-SMALL = Sizes(unlabelled=3_000, split=400, test=800, epochs=5)
+SMALL = StreamSizes(unlabelled=3_000, split=400, test=800, epochs=5)
 
 
 @pytest.fixture(scope="module")
 def outcomes():
-    return {name: learn(name, 0, SMALL) for name in class_incremental.LEARNERS}
+    return {name: learn(name, 0, SMALL) for name in class_incremental.CLASSIFIERS}
 
 
 def test_values_under_fixed_keys_keep_earlier_classes(outcomes):
@@ -38,7 +38,7 @@ def test_a_run_follows_from_its_seed(outcomes):
 
 
 def test_the_table_is_put_into_its_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(class_incremental, "Sizes", lambda: Sizes(1_000, 50, 50, 1))
+    monkeypatch.setattr(class_incremental, "StreamSizes", lambda: StreamSizes(1_000, 50, 50, 1))
     out = tmp_path / "page.md"
     out.write_text("before\n<!-- report: dkvb -->\n<!-- /report -->\nafter\n")
     class_incremental.run(["--seeds", "0", "1", "--out", str(out)])

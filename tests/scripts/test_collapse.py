@@ -1,6 +1,7 @@
 """The thresholds by which a table that is in use is told from one that is not."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,3 +55,9 @@ def test_every_kind_of_input_has_a_row_for_each_norm_and_the_control(monkeypatch
     learners = [*collapse.NORMS, "(dense control)"]
     assert [row[:2] for row in cells] == [[k, n] for k in collapse.INPUT_KINDS for n in learners]
     assert all(row[-1] for row in cells)
+
+
+def test_the_page_of_results_tells_the_constants():
+    page = Path(__file__).parents[2] / "docs" / "results" / "sparse_memory.md"
+    for remark in collapse.REMARKS:
+        assert f"\n- {remark}\n" in page.read_text()
