@@ -120,7 +120,7 @@ class Memory(Layer):
         """What `x` reads from the memory of `state` (None: the initial memory).
 
         Every token reads the same memory, through the layer's own query projection, feature map
-        and output, as in `forward`. Tokens are read alone: a short convolution is left
+        and output, as in `forward`. Tokens are read alone: a short convolution over several is left
         out, since what is asked is no part of the stream that is written.
         """
         raise TypeError(f"{type(self).__name__} does not define recall")

@@ -99,7 +99,8 @@ class SLSTM(Layer):
         bias = torch.zeros(4, heads, width)
         bias[1] = torch.linspace(*FORGET_BIAS, width)
         self.bias = nn.Parameter(bias)
-        self.norm = nn.GroupNorm(heads, heads * width, bias=False)
+        self.norm = nn.GroupNorm(heads, heads * width)
+        self.norm.register_parameter("bias", None)  # an argument for it is newer than torch 2.11
         self.out_proj = nn.Linear(heads * width, d_model, bias=False)
 
     def forward(self, x: Float[Tensor, "b t d"], state: RecurrentState | None = None) -> Output:

@@ -282,8 +282,10 @@ class TestTimeMemory(Memory):
         """`f(W; q)` for the weights as they stand, at the place of the next token."""
         state = self.init_state(len(x)) if state is None else state
         keys = self.heads * self.key_dim
-        queries = self._activated(F.linear(x, self.qkv_proj.weight[:keys]))
-        q = self._placed([self._heads(queries)], state, advance=False)[0]
+        queries = F.linear(x, self.qkv_proj.weight[:keys])
+        if self.features.conv_size == 1:  # no other token is in it
+            queries = (queries * self.conv.weight[:keys, 0]).to(queries.dtype)
+        q = self._placed([self._heads(self._activated(queries))], state, advance=False)[0]
         return self._readout(recall(q, state.fast, rule=self.rule, slow=self._slow()), x)
 
     def init_state(self, batch_size: int) -> TestTimeState:

@@ -26,7 +26,8 @@ class Features:
     """How queries, keys and values are made of a token: projection, convolution, SiLU, norm.
 
     Args:
-        conv_size: taps of the short causal convolution over q, k and v; default 4. 1 for none.
+        conv_size: taps of the short causal convolution over q, k and v; default 4. With 1 it is a
+            learned scale of each channel.
         affine: a learned scale and offset of each channel of q and k before SiLU, one and zero at
             the start (LaCT, arXiv 2505.23884); default False.
         silu: SiLU on q, k and v after the convolution; default True.

@@ -115,6 +115,13 @@ def test_gates_start_where_the_documentation_says():
     assert values["inner_lr"].mean().item() == pytest.approx(0.25)
 
 
+def test_recall_scales_queries_as_a_call_does_where_the_convolution_has_one_tap():
+    still = {"forget_gate": ForgetGate("none"), "learner": Learner(max_inner_lr=0.0)}
+    layer = TestTimeMemory(16, heads=2, features=Features(conv_size=1), **still).double()
+    x = tokens(2, 20, width=16)
+    assert_close(layer.recall(x), layer(x).y, "recalled from a memory that learns nothing")
+
+
 @pytest.mark.parametrize(
     ("options", "largest"),
     [
