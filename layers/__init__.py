@@ -7,7 +7,6 @@ if __name__ != "mneme.layers":  # under two names, it would be two packages
     raise ImportError("import mneme.layers, not layers")
 
 
-from mneme.layers.attention.rotary import RopeScaling
 from mneme.layers.attention.softmax_attention import SoftmaxAttention
 from mneme.layers.bank.hierarchical_ffn import HierarchicalFFN
 from mneme.layers.bank.memory_bank import (
@@ -26,8 +25,7 @@ from mneme.layers.hybrid.bmojo import BMojo
 from mneme.layers.hybrid.cross_decoder import CrossDecoder
 from mneme.layers.hybrid.gated_memory_unit import GatedMemoryUnit
 from mneme.layers.hybrid.memory_as_context import MemoryAsContext
-from mneme.layers.hybrid.memory_as_gate import MemoryAsGate
-from mneme.layers.hybrid.memory_as_layer import MemoryAsLayer
+from mneme.layers.hybrid.memory_with_attention import MemoryAsGate, MemoryAsLayer
 from mneme.layers.matrix.delta_net import DeltaNet
 from mneme.layers.matrix.gated_delta_net import GatedDeltaNet
 from mneme.layers.matrix.gated_linear_attention import GatedLinearAttention
@@ -37,6 +35,8 @@ from mneme.layers.matrix.matrix_memory import MatrixMemory, MatrixState, Operand
 from mneme.layers.matrix.mixture_of_memories import MixtureOfMemories, MixtureState
 from mneme.layers.matrix.prefix_linear_attention import PrefixLinearAttention
 from mneme.layers.matrix.retention import Retention
+from mneme.layers.parts.rotary import RopeScaling
+from mneme.layers.parts.short_convolution import ShortConvolution
 from mneme.layers.parts.telemetry import Record, observe, observing, recording
 from mneme.layers.protocol import (
     Layer,
@@ -63,7 +63,6 @@ from mneme.layers.recurrent.gated_convolution import GatedConvolution
 from mneme.layers.recurrent.long_conv import LongConv
 from mneme.layers.recurrent.mamba import Mamba
 from mneme.layers.recurrent.s4d import S4D
-from mneme.layers.recurrent.short_convolution import ShortConvolution
 from mneme.layers.recurrent.slstm import SLSTM
 from mneme.layers.registry import LAYERS, Entry, register
 from mneme.layers.sparse.block_ffn import BlockFFN

@@ -1,7 +1,7 @@
 """Layers made of layers: options are composed rather than branched on.
 
-Each takes recipes (layers that still wait for their width) and hands them its own `d_model`. The
-state of a combinator is the tuple of its parts' states, in order.
+Each takes layer factories (layers that still wait for their width) and hands them its own
+`d_model`. The state of a combinator is the tuple of its parts' states, in order.
 """
 
 from collections.abc import Sequence
@@ -35,11 +35,11 @@ class _Composite(RoutedLayer):
         self.parts = LayerList(parts)
 
     def init_state(self, batch_size: int, route: Any = None) -> State:
-        """One state per part."""
+        """A tuple of the parts' first states, in order."""
         return tuple(start_state(part, batch_size, route) for part in self.parts)
 
     def state_spec(self) -> Any:
-        """What fits each part."""
+        """The parts, whose states fit, in order."""
         return tuple(self.parts)
 
     def state_size(self, seq_len: int) -> int:
@@ -59,7 +59,7 @@ class Residual(_Composite):
 
     Args:
         d_model: width D.
-        layer: recipe of the layer inside.
+        layer: layer factory of the layer inside.
         dropout: probability of zeroing an element of the layer's output in training; default 0.0.
     """
 
@@ -81,7 +81,7 @@ class Sequential(_Composite):
 
     Args:
         d_model: width D of every part.
-        layers: recipes, first applied first.
+        layers: layer factories, first applied first.
     """
 
     def __init__(self, d_model: int, *, layers: Sequence[LayerFactory]) -> None:
@@ -102,7 +102,7 @@ class Parallel(_Composite):
 
     Args:
         d_model: width D of every part.
-        layers: recipes of the parts.
+        layers: layer factories of the parts.
     """
 
     def __init__(self, d_model: int, *, layers: Sequence[LayerFactory]) -> None:

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from mneme.layers.protocol import Layer, Output, State, require_at_least
 from mneme.layers.registry import register
-from mneme.ops.sizes import scaled_width
+from mneme.ops.options import scaled_width
 
 
 @register(default={"expand": 2})

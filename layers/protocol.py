@@ -12,7 +12,7 @@ A layer maps a sequence to a sequence and carries what it remembers in an explic
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mneme.layers.state_fit import Stateful
+from mneme.ops.options import require_choice as require_choice
 
 State = Any
 """A pytree of tensors (batch first), or None. Its structure is fixed for a given layer."""
@@ -75,8 +76,8 @@ class Layer(Stateful):
     alike (`layers/state_fit.py`). A layer whose state grows, or is that of other layers, says so in
     `state_spec`; for all others `init_state` tells what fits.
 
-    The linear map through which a layer writes to the residual stream, if it ends in one, is named
-    `out_proj`, so that a model can scale it with depth.
+    The linear layer through which a layer writes to the residual stream, if it ends in one, is
+    named `out_proj`, so that a model can scale it with depth.
     """
 
     param_options: ClassVar[Mapping[str, ParamOptions]] = {}
@@ -97,30 +98,30 @@ class Layer(Stateful):
     def active_parameters(self) -> int:
         """Parameters that one token touches; all of them unless a layer selects among its own.
 
-        Layers inside answer for theirs.
+        Layers inside count theirs.
         """
         inside = list(_layers_inside(self))
         held = sum(p.numel() for layer in inside for p in layer.parameters())
         own = sum(p.numel() for p in self.parameters()) - held
         return own + sum(layer.active_parameters() for layer in inside)
 
-    def fixed_numbers_read(self) -> int:
-        """Numbers in buffers, such as keys that are not trained, that one token reads.
+    def fixed_elements_read(self) -> int:
+        """Elements of buffers, such as keys that are not trained, that one token reads.
 
-        Layers inside answer for theirs. Constants of a few numbers do not count.
+        Layers inside count theirs. Constants of a few elements do not count.
         """
-        return sum(layer.fixed_numbers_read() for layer in _layers_inside(self))
+        return sum(layer.fixed_elements_read() for layer in _layers_inside(self))
 
 
 class Memory(Layer):
-    """A layer whose memory can also be asked without being written."""
+    """A layer whose memory can also be read without being written."""
 
     def recall(self, x: Float[Tensor, "b t d"], state: State = None) -> Float[Tensor, "b t d"]:
-        """What the memory of `state` (None: the initial memory) answers to `x`.
+        """What `x` reads from the memory of `state` (None: the initial memory).
 
         Every token reads the same memory, through the layer's own query projection, feature map
-        and output, as in `forward`. Tokens are read alone: a short convolution is left out, since
-        what is asked is no part of the stream that is written.
+        and output, as in `forward`. Tokens are read alone: a short convolution over several is left
+        out, since what is asked is no part of the stream that is written.
         """
         raise TypeError(f"{type(self).__name__} does not define recall")
 
@@ -195,14 +196,6 @@ def require_at_least(minimum: float, **options: float) -> None:
     for name, value in options.items():
         if value < minimum:
             raise ValueError(f"{name} must be {minimum} or more, got {value}")
-
-
-def require_choice(choices: Any, **options: str) -> None:
-    """Raises ValueError for the first option that is none of a `Literal`'s values, by its name."""
-    for name, value in options.items():
-        if value not in get_args(choices):
-            known = ", ".join(map(repr, get_args(choices)))
-            raise ValueError(f"{name} must be one of {known}; got {value!r}")
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:

@@ -24,7 +24,7 @@ class Entry:
     d_model: int = 16
 
     def build(self, example: str) -> Layer:
-        """One small instance."""
+        """A new layer from one of the examples, by name."""
         return self.cls(self.d_model, **self.examples[example])
 
 

@@ -58,7 +58,7 @@ def budget(model: LanguageModel, seq_len: int) -> Budget:
         _, state, _ = functional_call(model, weights, (tokens,))
     state_bytes = sum(t.numel() * t.element_size() for t in state_tensors(state))
     active = model.active_parameters()
-    read = active + sum(block.fixed_numbers_read() for block in model.blocks)
+    read = active + sum(block.fixed_elements_read() for block in model.blocks)
     return Budget(
         seq_len=seq_len,
         parameters=sum(p.numel() for p in model.parameters()),

@@ -1,4 +1,4 @@
-"""One linear map per group of consecutive rows: the product that experts are made of."""
+"""One linear layer per group of consecutive rows: the product that experts are made of."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ def grouped_linear(
     """`y = W_e x` with e the group of each row: one product per group, none for an empty one.
 
     The products write into one result, and their gradients into one gradient of the stacked
-    weights. Under autocast it is rounded like any linear map. There is no second derivative.
+    weights. Under autocast it is rounded like any linear layer. There is no second derivative.
 
     Args:
         x: rows, those of a group next to each other, groups in order.

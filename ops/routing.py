@@ -22,7 +22,7 @@ from mneme.ops.contract import without_autocast
 def router_logits(
     x: Float[Tensor, "b t d"], weight: Float[Tensor, "m d"]
 ) -> Float[Tensor, "b t m"]:
-    """A router's linear map in at least fp32, whatever the precision of its input and weight."""
+    """A router's linear layer in at least fp32, whatever the precision of its input and weight."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return F.linear(x.to(dtype), weight.to(dtype))
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Numbers per tensor of a segment. A larger segment hides the overhead of each call better and a
+# Elements per tensor of a segment. A larger segment hides the overhead of each call better and a
 # smaller one stays in cache; cost is level from 2^18 to 2^19 and rises on both sides.
-_SEGMENT_NUMBERS = 2**19
+_SEGMENT_ELEMENTS = 2**19
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Tiling:
 
     @property
     def all(self) -> slice:
-        """The range of every chunk."""
+        """The range of chunks that is all of them."""
         return slice(0, self.chunks)
 
     @property
@@ -55,14 +55,14 @@ class Tiling:
         """Number of independent states, M."""
         return self.batch * self.heads
 
-    def segments(self, numbers: int | None = None) -> list[slice]:
+    def segments(self, elements: int | None = None) -> list[slice]:
         """Ranges of chunks that are processed together, in order.
 
         Args:
-            numbers: Numbers per tensor of a segment, where the usual count does not suit.
+            elements: of each tensor of a segment, where the usual count does not suit.
         """
-        numbers = _SEGMENT_NUMBERS if numbers is None else numbers
-        step = max(1, numbers // (self.memories * self.chunk * self.width))
+        elements = _SEGMENT_ELEMENTS if elements is None else elements
+        step = max(1, elements // (self.memories * self.chunk * self.width))
         return [slice(i, min(i + step, self.chunks)) for i in range(0, self.chunks, step)]
 
     def view(self, x: Tensor, part: slice) -> Tensor:

@@ -7,7 +7,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mneme.layers.attention.rotary import RopeScaling, rotate
+from mneme.layers.parts.rotary import RopeScaling, rotate
 from mneme.layers.protocol import Layer, Output, require_at_least
 from mneme.layers.registry import register
 from mneme.ops.attention import attention
@@ -51,7 +51,7 @@ class SoftmaxAttention(Layer):
         persistent: learned tokens before the sequence; default 0.
         rope_base: base of the rotary wavelengths, or None for no positions; default 10000.
         rope_scaling: of the rotary frequencies, as in Llama 3.1; default None.
-        bias: biases of the linear maps; default False.
+        bias: biases of the linear layers; default False.
 
     State: `2 G K` scalars per visible past token (at most `window - 1` with a window) and one
     position. The cache is copied once per call, as reading it is no cheaper.

@@ -205,7 +205,7 @@ class MemoryBank(Bank):
     @property
     def param_options(self) -> Mapping[str, ParamOptions]:
         """What the optimizer is told of blocks."""
-        policy = self.options.policy(CLIP_GROUP)
+        policy = self.options.param_options(CLIP_GROUP)
         levels = {f"level{level}": policy for level in self.shape.levels}
         return {"generic": policy._replace(update="dense"), **levels}
 

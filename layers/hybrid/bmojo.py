@@ -1,4 +1,4 @@
-"""B'MOJO: one softmax over recent tokens, a memory's answers to older ones, and a few kept ones."""
+"""B'MOJO: one softmax over recent tokens, a memory's reads for older ones, and a few kept ones."""
 
 from functools import partial
 from typing import NamedTuple
@@ -31,7 +31,7 @@ class BMojoState(NamedTuple):
         memory: of the fading memory.
         recent: `[B, S, 2, G, K]`, rotated keys and values of the last tokens: those of the window
             or, with an eidetic memory, of the current block and the one before.
-        fading: `[B, S, 2, G, K]`, the same of the memory's last answers.
+        fading: `[B, S, 2, G, K]`, the same of the memory's last outputs.
         eidetic: of the eidetic memory; empty without.
         position: `[B]`, tokens seen.
     """
@@ -62,7 +62,7 @@ class BMojoState(NamedTuple):
 class BMojo(Layer):
     """B'MOJO (arXiv 2407.06324): attention to a window, a fading and an eidetic memory at once.
 
-    With y = norm(M(u)), the answers of any memory M to the input u, token i makes its query of u_i
+    With y = norm(M(u)), the outputs of any memory M for the input u, token i makes its query of u_i
     and takes one joint softmax over keys and values of
 
     * the window: u at [i - w + 1, i];
@@ -80,7 +80,7 @@ class BMojo(Layer):
 
     Args:
         d_model: width D.
-        memory: recipe of the fading memory M; any layer will do.
+        memory: layer factory of the fading memory M; any layer will do.
         heads: query heads H; default 4.
         kv_heads: key-value heads G, a divisor of H; default H.
         head_dim: size K of a head; default D / H.
@@ -130,7 +130,7 @@ class BMojo(Layer):
         )
 
     def forward(self, x: Float[Tensor, "b t d"], state: BMojoState | None = None) -> Output:
-        """Writes the memory, then attends to tokens, to its answers and to what is kept."""
+        """Writes the memory, then attends to tokens, to its outputs and to what is kept."""
         state = self.init_state(len(x)) if state is None else state
         y, memory, aux = self.memory(x, state.memory)
         q, k, v = self._projected(x, y)
@@ -206,8 +206,8 @@ class BMojo(Layer):
         """Queries of x, `[B, T, H, K]`; keys and values of x, then of y, `[B, T, 2 G, K]`."""
         attention = self.attention
         q = rearrange(attention.q_proj(x), "b t (h k) -> b t h k", h=attention.heads)
-        answers = self.norm(y.to(self.norm.weight.dtype)).to(x.dtype)
-        kv = attention.kv_proj(torch.stack([x, answers], 2))
+        fading = self.norm(y.to(self.norm.weight.dtype)).to(x.dtype)
+        kv = attention.kv_proj(torch.stack([x, fading], 2))
         k, v = rearrange(
             kv, "b t both (two g k) -> two b t (both g) k", two=2, g=attention.kv_heads
         )

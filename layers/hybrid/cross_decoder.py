@@ -10,13 +10,13 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mneme.layers.attention.rotary import rotate
 from mneme.layers.attention.softmax_attention import KVCache, SoftmaxAttention
 from mneme.layers.combinators import Residual
 from mneme.layers.feed_forward import MLP
 from mneme.layers.hybrid.gated_memory_unit import GatedMemoryUnit
 from mneme.layers.matrix.gated_delta_net import GatedDeltaNet
 from mneme.layers.matrix.linear_attention import LinearAttention
+from mneme.layers.parts.rotary import rotate
 from mneme.layers.protocol import (
     Layer,
     LayerFactory,
@@ -105,10 +105,10 @@ class CrossDecoder(RoutedLayer):
 
     Args:
         d_model: width D.
-        memory: recipe of the memory. Any layer will do; one that cannot save what it read (it is no
-            `SavingLayer`) saves its output.
-        attention: recipe of a `SoftmaxAttention` without a window and persistent tokens.
-        ffn: recipe of the feed-forward layers; default None, none.
+        memory: layer factory of the memory. Any layer will do; one that cannot save what it read
+            (it is no `SavingLayer`) saves its output.
+        attention: layer factory of a `SoftmaxAttention` without a window and persistent tokens.
+        ffn: layer factory of the feed-forward layers; default None, none.
         units: pairs of a gated memory unit and a cross-attention; default 1.
         norm: RMSNorm in the gated memory units; default True. The paper has none where the memory
             is Mamba.
@@ -205,15 +205,15 @@ class _Saving(Layer):
         return output._replace(state=(output.state, saved))
 
     def init_state(self, batch_size: int) -> State:
-        """The layer's."""
+        """The state of the layer inside, without what is saved."""
         return self.layer.init_state(batch_size)
 
     def state_spec(self) -> Layer:
-        """What fits the layer."""
+        """The layer inside, whose states fit."""
         return self.layer
 
     def state_size(self, seq_len: int) -> int:
-        """The layer's."""
+        """That of the layer inside."""
         return self.layer.state_size(seq_len)
 
 

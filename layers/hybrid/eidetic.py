@@ -100,6 +100,6 @@ def _filled(
 def _gathered(
     source: Float[Tensor, "b s two g k"], place: Int[Tensor, "b n e"]
 ) -> Float[Tensor, "b n e two g k"]:
-    """Tokens by their places."""
+    """The tokens of `source` that stand at `place`."""
     index = place.flatten(1)[..., None, None, None].expand(-1, -1, *source.shape[2:])
     return source.gather(1, index).unflatten(1, place.shape[1:])

@@ -69,7 +69,7 @@ class Blocks:
         return y.flatten(1, 2)[:, start : start + self.length]
 
     def positions(self, device: torch.device) -> Int[Tensor, "n w"]:
-        """Of the queries."""
+        """Positions of the queries by block, from the first new token; negative before it."""
         if self.number == 1:
             return torch.arange(self.length, device=device)[None]
         start = -self.place

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mneme.layers.attention.rotary import rotate
 from mneme.layers.hybrid.memory_with_attention import BranchGate
 from mneme.layers.matrix.gated_delta_net import GatedDeltaNet
 from mneme.layers.parts.norm import RMSNorm
+from mneme.layers.parts.rotary import rotate
 from mneme.layers.protocol import (
     Layer,
     LayerFactory,
@@ -70,7 +70,7 @@ class MemoryAsContext(Layer):
 
         h = norm(M'(S W_q))            read-only: `memory.recall`
         y = Attn([p ; h ; S])          causal, of the segment's tokens
-        m_t = M_t(y_t)                 the memory writes y and answers, token by token
+        m_t = M_t(y_t)                 the memory writes y and reads, token by token
         o = gate(y, m)
 
     h_j was asked for by token j, so token t sees p, and h_j and S_j for j <= t only. Attention is
@@ -79,7 +79,7 @@ class MemoryAsContext(Layer):
 
     Args:
         d_model: width D.
-        memory: recipe of the memory M, a `Memory`.
+        memory: layer factory of the memory M, a `Memory`.
         segment: tokens C of a segment.
         heads: H of the attention; default 4.
         persistent: learned tokens P that every query sees; default 4.

@@ -10,7 +10,7 @@ from mneme.layers.parts.norm import l2_norm
 from mneme.layers.parts.precision import at_least_fp32
 from mneme.layers.registry import register
 from mneme.ops.delta import delta
-from mneme.ops.sizes import scaled_width
+from mneme.ops.options import scaled_width
 
 
 @register(
@@ -80,7 +80,7 @@ class DeltaNet(MatrixMemory):
     def features(
         self, x: Float[Tensor, "b t g k"], positions: Tensor | None
     ) -> Float[Tensor, "b t g k"]:
-        """Unit norm."""
+        """Divided by their norm."""
         return l2_norm(x)
 
     def gates(self, raw: Float[Tensor, "b t n"]) -> dict[str, Tensor]:
@@ -88,6 +88,6 @@ class DeltaNet(MatrixMemory):
         return {"beta": self.max_beta * at_least_fp32(raw).sigmoid()}
 
     def rule(self, operands: Operands, memory: Tensor) -> tuple[Tensor, Any]:
-        """The delta rule."""
+        """Each token corrects what its key reads, then reads with its query."""
         assert operands.beta is not None
         return delta(*operands[:3], operands.beta, memory, chunk_size=self.chunk_size)

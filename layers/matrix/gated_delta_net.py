@@ -6,14 +6,14 @@ from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from mneme.layers.matrix.decay_gates import StepGate
 from mneme.layers.matrix.matrix_memory import MatrixMemory, Operands, head_size
 from mneme.layers.parts.norm import NORM_EPS, l2_norm
 from mneme.layers.parts.precision import at_least_fp32
+from mneme.layers.parts.step_gate import StepGate
 from mneme.layers.protocol import require_at_least
 from mneme.layers.registry import register
 from mneme.ops.gated_delta import gated_delta
-from mneme.ops.sizes import scaled_width
+from mneme.ops.options import scaled_width
 
 RATES = (0.0, 16.0)  # A at the start, as in the released code
 
@@ -99,18 +99,18 @@ class GatedDeltaNet(MatrixMemory):
     def features(
         self, x: Float[Tensor, "b t g k"], positions: Tensor | None
     ) -> Float[Tensor, "b t g k"]:
-        """Unit norm."""
+        """Divided by their norm."""
         return l2_norm(x)
 
     def gates(self, raw: Float[Tensor, "b t n"]) -> dict[str, Tensor]:
-        """Log decays and betas."""
+        """`log_decay` and `beta`, `[B, T, H]` each."""
         decay, beta = raw.chunk(2, dim=-1)
         beta = self.max_beta * at_least_fp32(beta).sigmoid()
         return {"log_decay": self.decay(decay)[0], "beta": beta}
 
     def rule(self, operands: Operands, memory: Tensor) -> tuple[Tensor, Any]:
-        """The gated delta rule."""
-        q, k, v, g, beta, _ = operands
+        """Each token decays the memory, corrects what its key reads, and reads with its query."""
+        q, k, v, g, beta = operands
         assert g is not None
         assert beta is not None
         if self.groups != self.heads:

@@ -11,7 +11,7 @@ from mneme.layers.matrix.matrix_memory import MatrixMemory, Operands, head_size
 from mneme.layers.parts.precision import at_least_fp32
 from mneme.layers.registry import register
 from mneme.ops.diagonal_decay import diagonal_decay
-from mneme.ops.sizes import scaled_width
+from mneme.ops.options import scaled_width
 
 RANK = 16  # of the map from a token to its decays
 TEMPERATURE = 16.0  # root taken of a gate, so that at the start half-lives are near 16 tokens
@@ -43,7 +43,7 @@ class GatedLinearAttention(MatrixMemory):
 
     State: `H K V` memory scalars, and the convolution's tail.
 
-    Where we differ: projections start as linear maps of PyTorch do, the first release's from a
+    Where we differ: projections start as linear layers of PyTorch do, the first release's from a
     narrower distribution. In a mixture of memories, each has its own W_1; W_2 and b are shared.
 
     Raises:
@@ -75,7 +75,7 @@ class GatedLinearAttention(MatrixMemory):
         self.decay_proj = nn.Linear(RANK, heads * key_dim)
 
     def gates(self, raw: Float[Tensor, "b t n"]) -> dict[str, Tensor]:
-        """Log decays of key channels."""
+        """`log_decay` of each key channel, `[B, T, H, K]`."""
         logits = at_least_fp32(self.decay_proj(raw))
         decay = F.logsigmoid(logits) / TEMPERATURE
         return {"log_decay": rearrange(decay, "b t (h k) -> b t h k", h=self.heads)}

@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mneme.layers.matrix.feature_maps import elu_map, taylor_map, taylor_size
 from mneme.layers.matrix.matrix_memory import MatrixMemory, Operands, head_size, read_matrix
 from mneme.layers.parts.norm import NORM_EPS
 from mneme.layers.registry import register
@@ -83,13 +82,13 @@ class LinearAttention(MatrixMemory):
 
     @property
     def feature_dim(self) -> int:
-        """Features of a key."""
+        """Width F of a key's features."""
         return taylor_size(self.key_dim) if self.feature_map == "taylor" else self.key_dim
 
     def features(
         self, x: Float[Tensor, "b t g k"], positions: Tensor | None
     ) -> Float[Tensor, "b t g f"]:
-        """The feature map."""
+        """The layer's feature map of each query or key."""
         if self.feature_map == "identity":
             return x
         return elu_map(x) if self.feature_map == "elu" else taylor_map(x)
@@ -118,3 +117,24 @@ def read_normalized(
     """Every query against the same memory, over its inner product with the sum of the keys."""
     weight = torch.einsum("bthf,bhf->bth", q.to(total.dtype), total)
     return read_matrix(q, memory, scale=1.0) / (weight + EPS)[..., None]
+
+
+def elu_map(x: Float[Tensor, "... k"]) -> Float[Tensor, "... k"]:
+    """`elu(x) + 1`, above zero (arXiv 2006.16236), without the rounding to zero of that sum."""
+    return x.clamp(max=0).exp() + x.relu()
+
+
+def taylor_map(x: Float[Tensor, "... k"]) -> Float[Tensor, "... f"]:
+    """The exponential to second order: `phi(q) . phi(k) = 1 + s + s^2 / 2`, `s = q . k / sqrt(K)`.
+
+    The features of "Based" (arXiv 2402.18668): one, the elements, and the products of two, each
+    pair once; `taylor_size` counts them.
+    """
+    x = x * x.shape[-1] ** -0.25
+    pairs = [x[..., i : i + 1] * x[..., i + 1 :] for i in range(x.shape[-1] - 1)]
+    return torch.cat([torch.ones_like(x[..., :1]), x, x.square() * 0.5**0.5, *pairs], dim=-1)
+
+
+def taylor_size(width: int) -> int:
+    """Features that `taylor_map` makes of K elements: `1 + K + K (K + 1) / 2`."""
+    return 1 + width + width * (width + 1) // 2

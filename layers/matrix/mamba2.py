@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mneme.layers.matrix.decay_gates import NO_LIMIT, StepGate
 from mneme.layers.matrix.matrix_memory import MatrixMemory, Operands, read_matrix
 from mneme.layers.parts.norm import NORM_EPS, RMSNorm
+from mneme.layers.parts.step_gate import NO_LIMIT, StepGate
 from mneme.layers.protocol import require_at_least
 from mneme.layers.registry import register
 from mneme.ops.scalar_decay import scalar_decay
@@ -35,7 +35,7 @@ class Mamba2(MatrixMemory):
 
     * x, B, C: projection, short causal convolution, SiLU; B and C are the same for all heads of a
       group;
-    * A = exp(A_log), in fp32, and D are one number per head;
+    * A = exp(A_log), in fp32, and D are one scalar per head;
     * output: RMSNorm of `y_t silu(W_z u_t)` over the heads of each group (after the gate, unlike
       the other matrix memories), then the output projection.
 
@@ -49,7 +49,7 @@ class Mamba2(MatrixMemory):
         groups: G, groups of neighboring heads; default 1, all heads.
         conv_size: taps of the short convolution; default 4; 1 for none.
         conv_bias: a bias of the convolution, as released models have; default False.
-        bias: biases of the linear maps; default False.
+        bias: biases of the linear layers; default False.
         step_limit: smallest and largest step d_t; default (0, inf), none.
         norm_eps: epsilon of the output's norm; default 1e-5.
         chunk_size: tokens per tile of the chunked form; changes speed, not the function. Default
@@ -111,23 +111,19 @@ class Mamba2(MatrixMemory):
         decay, step = self.decay(raw)
         return {"log_decay": decay, "beta": step}
 
-    def operands(self, qkv: Tensor, raw: Tensor, positions: Tensor | None) -> Operands:
-        """C, B, x and the gates, and the skip D x."""
-        operands = super().operands(qkv, raw, positions)
-        return operands._replace(skip=self.D[:, None] * operands.v)
-
     def rule(self, operands: Operands, memory: Tensor) -> tuple[Tensor, Any]:
-        """Linear attention with a decay per head, whose values are scaled by the step."""
-        q, k, v, g, step, _ = operands
+        """Linear attention with a decay per head and values scaled by the step; then the skip."""
+        q, k, x, g, step = operands
         assert step is not None
-        v = v * step[..., None]
-        return scalar_decay(q, k, v, g, memory, scale=1.0, chunk_size=self.chunk_size)
+        v = x * step[..., None]
+        y, memory = scalar_decay(q, k, v, g, memory, scale=1.0, chunk_size=self.chunk_size)
+        return y + self.D[:, None] * x, memory
 
     def read(self, q: Float[Tensor, "b t g n"], memory: Tensor) -> Float[Tensor, "b t h p"]:
         """Every C against the same memory."""
         return read_matrix(q, memory, scale=1.0)
 
-    def answer(
+    def readout(
         self, y: Float[Tensor, "b t h p"], x: Float[Tensor, "b t d"]
     ) -> Float[Tensor, "b t d"]:
         """What was read as an output: gated by `x`, normalized over groups of heads, mixed."""

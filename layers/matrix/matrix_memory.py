@@ -1,9 +1,10 @@
 """What matrix memories share: projections, convolution, and a state of one matrix per head.
 
 A layer of the family says how keys and queries look (`features`), what its gates are (`gates`) and
-which op writes and reads (`rule`). The stages of a call are methods of their own, because a mixture
-of memories runs them for many memories at once: `operands` and `remember` on tokens sorted by
-memory, everything else on the text.
+which op writes and reads (`rule`). A call goes from `forward` through `read_written` (projection,
+convolution, `operands`) to `rule`, and back through `readout`. They are methods of their own,
+because a mixture of memories runs them for many memories at once: `operands` and `rule` on tokens
+sorted by memory, everything else on the text.
 """
 
 from typing import Any, NamedTuple
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mneme.layers.parts.norm import NORM_EPS, RMSNorm
+from mneme.layers.parts.short_convolution import ConvState, ShortConvolution
 from mneme.layers.protocol import Memory, Output, require_at_least, state_tensors
-from mneme.layers.recurrent.short_convolution import ConvState, ShortConvolution
 from mneme.ops.contract import without_autocast
 
 
@@ -44,7 +45,6 @@ class Operands(NamedTuple):
         v: values `[B, T, H, V]`.
         log_decay: `[B, T, H]`, or `[B, T, H, K]` per key feature; None for a memory that keeps all.
         beta: the delta rule's learning rate of each write, `[B, T, H]`; None for one.
-        skip: added to what is read, `[B, T, H, V]`; None for nothing.
     """
 
     q: Tensor
@@ -52,7 +52,6 @@ class Operands(NamedTuple):
     v: Tensor
     log_decay: Tensor | None = None
     beta: Tensor | None = None
-    skip: Tensor | None = None
 
     def masked(self, present: Bool[Tensor, "b t"]) -> "Operands":
         """The same with tokens that leave the memory as it is where `present` is false."""
@@ -66,8 +65,8 @@ class Operands(NamedTuple):
 class MatrixMemory(Memory):
     """Base of the layers whose state is a matrix `S [K, V]` per head.
 
-    One linear map gives queries, keys, values and what the gates need; the rule writes and reads;
-    the answer is normalized per head, multiplied by `silu(W_g x)` and projected.
+    One linear layer gives queries, keys, values and what the gates need; the rule writes and reads;
+    what is read is normalized per head, multiplied by `silu(W_g x)` and projected.
 
     Args:
         d_model: width D.
@@ -75,12 +74,12 @@ class MatrixMemory(Memory):
         key_dim: width of a head's queries and keys.
         value_dim: width V of a head's values.
         groups: G, heads of queries and keys; default H.
-        gates: numbers that the gates need of each token.
+        gates: outputs of the linear layer that the gates need of each token.
         conv_size: taps of the short convolution over q, k and v; 1 for none.
         conv_bias: a bias of that convolution.
-        bias: biases of the linear maps.
-        norm_eps: epsilon of the RMSNorm of the answer per head; None for no norm.
-        output_gate: multiply the answer by `silu(W_g x)`.
+        bias: biases of the linear layers.
+        norm_eps: epsilon of the RMSNorm of what is read, per head; None for no norm.
+        output_gate: multiply what is read by `silu(W_g x)`.
 
     Raises:
         ValueError: sizes below one.
@@ -133,11 +132,11 @@ class MatrixMemory(Memory):
         return x
 
     def gates(self, raw: Float[Tensor, "b t n"]) -> dict[str, Tensor]:
-        """`log_decay` and `beta`, whichever the rule has, from the gates' numbers."""
+        """`log_decay` and `beta`, whichever the rule has, from the gates' part of `in_proj(x)`."""
         return {}
 
     def rule(self, operands: Operands, memory: Any) -> tuple[Float[Tensor, "b t h v"], Any]:
-        """What each token reads, and the memory after the last."""
+        """What each token reads after it has written, and the memory after the last."""
         raise TypeError(f"{type(self).__name__} does not define rule")
 
     def read(self, q: Float[Tensor, "b t g f"], memory: Any) -> Float[Tensor, "b t h v"]:
@@ -145,7 +144,7 @@ class MatrixMemory(Memory):
         return read_matrix(q, memory)
 
     def empty(self, batch_size: int) -> Any:
-        """A memory that holds nothing."""
+        """Zeros `[B, H, F, V]`, or what else the rule starts from."""
         weight = self.out_proj.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         shape = (batch_size, self.heads, self.feature_dim, self.value_dim)
@@ -159,7 +158,7 @@ class MatrixMemory(Memory):
     # The stages of a call.
 
     def operands(self, qkv: Tensor, raw: Tensor, positions: Tensor | None) -> Operands:
-        """From convolved queries, keys and values and the gates' numbers to what a rule takes."""
+        """From convolved queries, keys and values and the gates' logits to what a rule takes."""
         if self.silu:
             qkv = F.silu(qkv)
         q, k, v = qkv.split(self.widths, dim=-1)
@@ -168,12 +167,7 @@ class MatrixMemory(Memory):
         q, k = self.features(q, positions), self.features(k, positions)
         return Operands(q, k, v, **self.gates(raw))
 
-    def remember(self, operands: Operands, memory: Any) -> tuple[Float[Tensor, "b t h v"], Any]:
-        """Reads of each token, after it has written, and the memory after the last."""
-        y, memory = self.rule(operands, memory)
-        return (y if operands.skip is None else y + operands.skip), memory
-
-    def answer(
+    def readout(
         self, y: Float[Tensor, "b t h v"], x: Float[Tensor, "b t d"]
     ) -> Float[Tensor, "b t d"]:
         """What was read as an output: normalized per head, gated by `x`, mixed."""
@@ -187,7 +181,7 @@ class MatrixMemory(Memory):
         """Writes each token into the memory and reads the memory with its query."""
         state = self.init_state(len(x)) if state is None else state
         y, state = self.read_written(x, state)
-        return Output(self.answer(y, x), state)
+        return Output(self.readout(y, x), state)
 
     @property
     def saved_dim(self) -> int:
@@ -201,7 +195,7 @@ class MatrixMemory(Memory):
         state = self.init_state(len(x)) if state is None else state
         y, state = self.read_written(x, state)
         saved = rearrange(y.to(self.out_proj.weight.dtype), "b t h v -> b t (h v)")
-        return Output(self.answer(y, x), state), saved
+        return Output(self.readout(y, x), state), saved
 
     def read_written(
         self, x: Float[Tensor, "b t d"], state: MatrixState
@@ -210,7 +204,7 @@ class MatrixMemory(Memory):
         qkv, raw = self.in_proj(x).tensor_split([sum(self.widths)], dim=-1)
         qkv, conv = self.convolve(qkv, state.conv)
         operands = self.operands(qkv, raw, self.positions(state.position, x.shape[1]))
-        y, memory = self.remember(operands, state.memory)
+        y, memory = self.rule(operands, state.memory)
         position = tuple(p + x.shape[1] for p in state.position)
         return y, MatrixState(memory, conv, position)
 
@@ -219,10 +213,10 @@ class MatrixMemory(Memory):
     ) -> Float[Tensor, "b t d"]:
         """What the memory as it stands, neither decayed nor corrected, holds for `x`'s queries."""
         state = self.init_state(len(x)) if state is None else state
-        return self.answer(self.read(self.queries(x, state.position), state.memory), x)
+        return self.readout(self.read(self.queries(x, state.position), state.memory), x)
 
     def init_state(self, batch_size: int) -> MatrixState:
-        """An empty memory."""
+        """An empty memory, zeros as the convolution's tail, and position 0."""
         conv = ConvState(self.out_proj.weight.new_zeros(batch_size, 0, sum(self.widths)))
         if self.conv is not None:
             conv = self.conv.init_state(batch_size)
@@ -247,7 +241,7 @@ class MatrixMemory(Memory):
         return self.features(q, positions)
 
     def project_queries(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... n"]:
-        """The part of the first linear map that makes queries."""
+        """Queries without the convolution, by the first rows of `in_proj`, heads side by side."""
         weight, bias = self.in_proj.weight, self.in_proj.bias
         n = self.widths[0]
         return F.linear(x, weight[:n], None if bias is None else bias[:n])

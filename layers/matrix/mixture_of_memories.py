@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mneme.layers.matrix.gated_delta_net import GatedDeltaNet
 from mneme.layers.matrix.matrix_memory import MatrixMemory, MatrixState, Operands
 from mneme.layers.parts.precision import at_least_fp32
+from mneme.layers.parts.short_convolution import ConvState, ShortConvolution
 from mneme.layers.parts.telemetry import observe
 from mneme.layers.protocol import (
     LayerFactory,
@@ -20,7 +21,6 @@ from mneme.layers.protocol import (
     require_at_least,
     state_tensors,
 )
-from mneme.layers.recurrent.short_convolution import ConvState, ShortConvolution
 from mneme.layers.registry import register
 from mneme.ops.contract import in_graph_of
 from mneme.ops.routing import (
@@ -183,7 +183,7 @@ class MixtureOfMemories(Memory):
         self._observe(routes)
         position = tuple(p + x.shape[1] for p in state.position)
         after = MixtureState(memories, tails, shared, conv, position)
-        return Output(self.base.answer(y, x), after, self._aux(routes, logits))
+        return Output(self.base.readout(y, x), after, self._aux(routes, logits))
 
     def recall(
         self, x: Float[Tensor, "b t d"], state: MixtureState | None = None
@@ -200,10 +200,10 @@ class MixtureOfMemories(Memory):
         y = torch.einsum("mbthv,btm->bthv", torch.stack(reads), weights.to(reads[0].dtype))
         if self.shared:
             y = y + self.base.read(q, state.shared[0].memory)
-        return self.base.answer(y, x)
+        return self.base.readout(y, x)
 
     def init_state(self, batch_size: int) -> MixtureState:
-        """Empty memories."""
+        """Empty memories, zeros as the convolutions' tails, and position 0."""
         one = self.base.init_state(batch_size)
         memories = map_state(lambda s: s.unsqueeze(1).repeat_interleave(self.memories, 1), one)
         position = one.position
@@ -253,7 +253,7 @@ class MixtureOfMemories(Memory):
         plan = plan_dispatch(routes.memory, self.memories, multiple=self.base.chunk_size)
         operands, tails = self._operands(x, plan, state)
         memories = map_state(_by_memory, state.memories)
-        y, memories = self.base.remember(operands.masked(plan.present), memories)
+        y, memories = self.base.rule(operands.masked(plan.present), memories)
         heads = y.shape[2:]
         y = combine(y.flatten(2), plan, routes.weight).unflatten(-1, heads)
         batch = len(x)
@@ -272,7 +272,7 @@ class MixtureOfMemories(Memory):
         return base.operands(qkv, raw, positions), tails
 
     def _projected(self, x: Tensor, plan: Dispatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys with values, and the gates' numbers of the packed tokens."""
+        """Queries, keys with values, and the gates' logits of the packed tokens."""
         weight, bias = self.base.in_proj.weight, self.base.in_proj.bias
         queries, keys, values = self.base.widths
         if self.write_proj is None:
@@ -316,11 +316,11 @@ class MixtureOfMemories(Memory):
         observe(self, "route", spread(routes))
 
 
-def _hashed(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+def _hashed(integers: Tensor, dtype: torch.dtype) -> Tensor:
     """Integers to fractions from -1 to 1 without a pattern: their bits shifted and multiplied."""
     for _ in range(2):
-        numbers = (numbers ^ (numbers >> 16)) * _HASH & 0xFFFFFFFF
-    return ((numbers ^ (numbers >> 16)).double() / 2**31 - 1).to(dtype)
+        integers = (integers ^ (integers >> 16)) * _HASH & 0xFFFFFFFF
+    return ((integers ^ (integers >> 16)).double() / 2**31 - 1).to(dtype)
 
 
 def _by_memory(state: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mneme.layers.matrix.feature_maps import elu_map, taylor_map, taylor_size
-from mneme.layers.matrix.linear_attention import EPS, TAYLOR_KEY
+from mneme.layers.matrix.linear_attention import EPS, TAYLOR_KEY, elu_map, taylor_map, taylor_size
 from mneme.layers.matrix.matrix_memory import head_size
 from mneme.layers.parts.precision import at_least_fp32
 from mneme.layers.protocol import Layer, Output, require_at_least

@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mneme.layers.attention.rotary import rotate
 from mneme.layers.matrix.matrix_memory import MatrixMemory, Operands, head_size
 from mneme.layers.parts.precision import at_least_fp32
+from mneme.layers.parts.rotary import rotate
 from mneme.layers.registry import register
+from mneme.ops.options import scaled_width
 from mneme.ops.scalar_decay import scalar_decay
-from mneme.ops.sizes import scaled_width
 
 
 @register(
@@ -78,7 +78,7 @@ class Retention(MatrixMemory):
     def features(
         self, x: Float[Tensor, "b t g k"], positions: Tensor | None
     ) -> Float[Tensor, "b t g k"]:
-        """Rotated to their positions."""
+        """Queries or keys rotated to their positions."""
         assert positions is not None
         assert self.rotary_base is not None
         return rotate(x, positions=positions, base=self.rotary_base)[0]

@@ -1,7 +1,7 @@
 """Norms whose epsilon is fixed, so that a layer is one function in every precision.
 
-`nn.RMSNorm` without an epsilon takes that of the dtype: 1.2e-7 in fp32, 2e-16 in fp64. What a young
-memory answers is small enough for the difference to be most of the output.
+`nn.RMSNorm` without an epsilon takes that of the dtype: 1.2e-7 in fp32, 2e-16 in fp64. What is read
+from a young memory is small enough for the difference to be most of the output.
 """
 
 from jaxtyping import Float

@@ -30,14 +30,14 @@ class RowOptions:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        """Checks the ranges."""
+        """Raises ValueError for options out of range."""
         require_choice(Update, update=self.update)
         require_at_least(0, weight_decay=self.weight_decay)
         if self.lr_multiplier <= 0:
             raise ValueError(f"lr_multiplier must be above 0, got {self.lr_multiplier}")
 
-    def policy(self, clip_group: str) -> ParamOptions:
-        """The same, as the optimizer is told of it.
+    def param_options(self, clip_group: str) -> ParamOptions:
+        """These options as those of a parameter.
 
         Args:
             clip_group: whose gradients are clipped together.

@@ -3,8 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mneme.layers.parts.short_convolution import ConvState, ShortConvolution
 from mneme.layers.protocol import Layer, Output
-from mneme.layers.recurrent.short_convolution import ConvState, ShortConvolution
 from mneme.layers.registry import register
 
 

@@ -75,7 +75,7 @@ class LongConv(Layer):
         return F.softshrink(at_least_fp32(self.kernel), self.squash)
 
     def init_state(self, batch_size: int) -> LongConvState:
-        """No inputs."""
+        """No earlier inputs, `[B, 0, D]`."""
         return LongConvState(self.kernel.new_zeros(batch_size, 0, len(self.kernel)))
 
     def state_spec(self) -> LongConvState:

@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mneme.layers.matrix.decay_gates import STEP_RANGE, inverse_softplus, log_uniform
 from mneme.layers.parts.precision import at_least_fp32
+from mneme.layers.parts.short_convolution import ConvState, ShortConvolution
+from mneme.layers.parts.step_gate import STEP_RANGE, inverse_softplus, log_uniform
 from mneme.layers.protocol import Layer, Output, ParamOptions, require_at_least
-from mneme.layers.recurrent.short_convolution import ConvState, ShortConvolution
 from mneme.layers.registry import register
 from mneme.ops.selective_scan import selective_scan
 
@@ -42,7 +42,7 @@ class Mamba(Layer):
 
     where
 
-    * steps: `s = softplus(W_s r + dt_bias)`; r of low rank, B and C are linear maps of x, so that
+    * steps: `s = softplus(W_s r + dt_bias)`; r of low rank, B and C are linear layers of x, so that
       each token chooses how much is forgotten, what it writes and what it reads;
     * A = -exp(A_log), in fp32, starts at -1 to -N in every channel; steps start log-uniform in
       [0.001, 0.1] and W_s uniform in `+-rank**-0.5`; D starts at one;
@@ -55,7 +55,7 @@ class Mamba(Layer):
         conv_size: taps of the short convolution; default 4.
         step_rank: width of r; default `d_model / 16`, rounded up.
         conv_bias: a bias of the convolution, as released models have; default False.
-        bias: biases of the first and the last linear map; default False.
+        bias: biases of the first and the last linear layer; default False.
 
     State: `N W` memory scalars and `(conv_size - 1) W` of the convolution.
 
@@ -124,7 +124,7 @@ class Mamba(Layer):
         return y + self.D * x, memory
 
     def init_state(self, batch_size: int) -> MambaState:
-        """Zeros."""
+        """States `[B, D, N]` and the convolution's tail, both zero."""
         memory = at_least_fp32(self.A_log.new_zeros(batch_size, *self.A_log.shape))
         return MambaState(memory, self.conv.init_state(batch_size))
 

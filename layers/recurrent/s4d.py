@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mneme.layers.matrix.decay_gates import STEP_RANGE, log_uniform
 from mneme.layers.parts.precision import at_least_fp32
+from mneme.layers.parts.step_gate import STEP_RANGE, log_uniform
 from mneme.layers.protocol import Layer, Output, ParamOptions
 from mneme.layers.recurrent.gated_output import GatedOutput
 from mneme.layers.registry import register
@@ -42,7 +42,7 @@ class S4D(Layer):
     and the output is `(W_o g + b_o) * sigmoid(W_g g + b_g)` with `g = GELU(y)`. Nothing in the
     recurrence depends on the tokens, so it cannot recall by content. The real part of A is held as
     `-exp(A_log)`, in fp32; C starts complex normal, D normal, steps log-uniform in [0.001, 0.1].
-    A and the steps are not decayed and learn at 1e-3 at most; C is treated like any linear map.
+    A and the steps are not decayed and learn at 1e-3 at most; C is treated like any linear layer.
 
     Args:
         d_model: width D.
@@ -90,7 +90,7 @@ class S4D(Layer):
         return Output(self.output(y), S4DState(modes))
 
     def init_state(self, batch_size: int) -> S4DState:
-        """Zeros."""
+        """Modes of zero, `[B, D, M, 2]`."""
         return S4DState(at_least_fp32(self.C.new_zeros(batch_size, *self.C.shape)))
 
     def state_size(self, seq_len: int) -> int:

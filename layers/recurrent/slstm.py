@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from mneme.layers.matrix.matrix_memory import head_size
 from mneme.layers.parts.precision import at_least_fp32
+from mneme.layers.parts.short_convolution import ConvState, ShortConvolution
 from mneme.layers.protocol import Layer, Output, ParamOptions, require_at_least
-from mneme.layers.recurrent.short_convolution import ConvState, ShortConvolution
 from mneme.layers.registry import register
 from mneme.ops.lstm import LSTMState, lstm
 from mneme.ops.slstm import SLSTMState, slstm
@@ -99,11 +99,12 @@ class SLSTM(Layer):
         bias = torch.zeros(4, heads, width)
         bias[1] = torch.linspace(*FORGET_BIAS, width)
         self.bias = nn.Parameter(bias)
-        self.norm = nn.GroupNorm(heads, heads * width, bias=False)
+        self.norm = nn.GroupNorm(heads, heads * width)
+        self.norm.register_parameter("bias", None)  # an argument for it is newer than torch 2.11
         self.out_proj = nn.Linear(heads * width, d_model, bias=False)
 
     def forward(self, x: Float[Tensor, "b t d"], state: RecurrentState | None = None) -> Output:
-        """Runs the cell over the tokens."""
+        """Runs the cell over the tokens of `x`, then normalizes each head and mixes them."""
         state = self.init_state(len(x)) if state is None else state
         local, conv, _ = self.conv(x, state.conv)
         gates = torch.cat((self.gate_proj(F.silu(local)), self.in_proj(x)), dim=-1)

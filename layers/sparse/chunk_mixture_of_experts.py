@@ -44,7 +44,7 @@ class ChunkMixtureOfExperts(Layer):
 
     Args:
         d_model: width D.
-        mixture: recipe of the experts and their router: `MixtureOfExperts` or `BlockFFN`.
+        mixture: layer factory of the experts and their router: `MixtureOfExperts` or `BlockFFN`.
         chunk: tokens of a chunk; default 32.
 
     State: 2 D + 1 scalars.

@@ -145,7 +145,7 @@ class DiscreteKeyValueBottleneck(Layer):
         """One row of each codebook's values, and the output map."""
         return self.codebooks * self.value_dim + sum(p.numel() for p in self.out_proj.parameters())
 
-    def fixed_numbers_read(self) -> int:
+    def fixed_elements_read(self) -> int:
         """Projections and all keys."""
         return self.projection.numel() + self.codebook.numel()
 

@@ -16,7 +16,7 @@ _TILE = 8  # rows of a tile of matrix products, or a multiple
 
 
 class StackedLinear(nn.Module):
-    """E linear maps without a bias, each for its own group of rows.
+    """E linear layers without a bias, each for its own group of rows.
 
     Args:
         groups: E.
@@ -67,7 +67,7 @@ class Experts(nn.Module):
         copies: Int[Tensor, " n"],
         weight: Float[Tensor, " c"],
     ) -> Float[Tensor, "n d"]:
-        """The weighted sum of what each token's experts answer; zero for a token without any.
+        """The weighted sum of what each token's experts give; zero for a token without any.
 
         Args:
             x: tokens.

@@ -8,6 +8,7 @@ from mneme.layers.parts.telemetry import observe
 from mneme.layers.protocol import Layer, Output, State, require_at_least
 from mneme.layers.registry import register
 from mneme.layers.sparse.experts import Experts
+from mneme.ops.options import scaled_width
 from mneme.ops.routing import (
     Routes,
     balance_loss,
@@ -17,7 +18,6 @@ from mneme.ops.routing import (
     spread,
     z_loss,
 )
-from mneme.ops.sizes import scaled_width
 
 
 @register(

@@ -18,7 +18,7 @@ from mneme.ops.product_key import product_key_topk
 QueryNorm = Literal["none", "layer", "batch"]
 
 
-class Selected(NamedTuple):
+class SelectedRows(NamedTuple):
     """Rows of each token and head, the best first.
 
     Attributes:
@@ -79,10 +79,10 @@ class ProductKeys(nn.Module):
         bound = half**-0.5 if key_bound is None else key_bound
         nn.init.uniform_(self.keys, -bound, bound)
 
-    def forward(self, x: Float[Tensor, "b t d"]) -> Selected:
+    def forward(self, x: Float[Tensor, "b t d"]) -> SelectedRows:
         """The rows of each token, under autocast those of the same tokens without it."""
         scores, rows = product_key_topk(_scores(x.flatten(0, 1), self), self.top_k)
-        return Selected(scores.unflatten(0, x.shape[:2]), rows.unflatten(0, x.shape[:2]))
+        return SelectedRows(scores.unflatten(0, x.shape[:2]), rows.unflatten(0, x.shape[:2]))
 
     @property
     def rows(self) -> int:

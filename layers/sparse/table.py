@@ -96,7 +96,7 @@ class Table(nn.Module):
     @property
     def param_options(self) -> Mapping[str, ParamOptions]:
         """What the optimizer is told of the weight."""
-        return {"weight": self.options.policy(CLIP_GROUP)}
+        return {"weight": self.options.param_options(CLIP_GROUP)}
 
     def sum_rows(
         self, rows: Int[Tensor, "*t m"], weights: Float[Tensor, "*t m"]

@@ -244,7 +244,7 @@ def sum_slices(
 def matched_std(variance: float, *, lookups: int, widths: tuple[int, int, int]) -> float:
     """Standard deviation of pre-values and values with which outputs have a variance.
 
-    With linear maps N(0, 2 / (5D)) and scores of mean square 1, an output of unit inputs has the
+    With linear layers N(0, 2 / (5D)) and scores of mean square 1, an output of unit inputs has the
     variance `0.16 lookups std^4 pre_dim value_dim / D`. The paper's feed-forward, to which it
     equates that, has `0.064 k_inner / 2L`, k_inner its inner width over D and L the layers.
 

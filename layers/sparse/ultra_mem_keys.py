@@ -46,12 +46,12 @@ class TuckerScores:
     balance_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        """Checks the ranges."""
+        """Raises ValueError for options out of range."""
         require_at_least(1, rank=self.rank, cores=self.cores, side_k=self.side_k)
         require_at_least(0, tail_loss=self.tail_loss, balance_loss=self.balance_loss)
 
 
-class Selected(NamedTuple):
+class SelectedSlots(NamedTuple):
     """What each token and head reads, the largest sum of scores first.
 
     Attributes:
@@ -136,7 +136,7 @@ class TuckerKeys(nn.Module):
         for norm in (self.query_norm, self.key_norm):
             nn.init.constant_(norm.weight, (half * size) ** -0.25)
 
-    def forward(self, x: Float[Tensor, "b t d"]) -> Selected:
+    def forward(self, x: Float[Tensor, "b t d"]) -> SelectedSlots:
         """The rows of each token, under autocast those of the same tokens without it."""
         rows, columns = _scores(x, self)
         leading = self._leading()
@@ -146,7 +146,7 @@ class TuckerKeys(nn.Module):
         losses = _losses(rows, columns, leading, slots, self)
         by_token, slots = (t.unflatten(1, x.shape[:2]).movedim(0, 2) for t in (scores, slots))
         table_rows, groups = self.slots(slots)
-        return Selected(by_token, table_rows, groups, losses)
+        return SelectedSlots(by_token, table_rows, groups, losses)
 
     def _leading(self) -> Leading:
         saved = Leading(*self.leading.clone().unbind(0))

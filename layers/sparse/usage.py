@@ -35,7 +35,7 @@ class Usage:
 
     @staticmethod
     def empty(rows: int) -> "Usage":
-        """Before the first read."""
+        """The usage of N rows that nobody has read."""
         return Usage(torch.zeros(3, rows, dtype=torch.float64), 0)
 
     def add(self, rows: Int[Tensor, "*t h k"], weights: Float[Tensor, "*t h k"]) -> None:

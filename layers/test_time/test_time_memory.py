@@ -10,12 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mneme.layers.attention.rotary import rotate
 from mneme.layers.parts.norm import RMSNorm, l2_norm
 from mneme.layers.parts.precision import at_least_fp32
+from mneme.layers.parts.rotary import rotate
+from mneme.layers.parts.short_convolution import ConvState, ShortConvolution
 from mneme.layers.parts.telemetry import observe, observing
 from mneme.layers.protocol import Memory, Output, ParamOptions, require_at_least
-from mneme.layers.recurrent.short_convolution import ConvState, ShortConvolution
 from mneme.layers.registry import register
 from mneme.layers.test_time.test_time_parts import (
     MAX_CHUNK_DECAY,
@@ -147,8 +147,8 @@ class TestTimeMemory(Memory):
     """A memory that learns at test time: Titans, TTT, LaCT, Miras, Lattice, OmegaNet and Atlas.
 
     Each head holds a small network f(W; .) as its state. A token writes by a step on an inner
-    objective that asks for its value where its key is shown, and reads what the network answers to
-    its query. With `u(A; t)` the gradient at the weights A of the chunk's start, Titans
+    objective that asks for its value where its key is shown, and reads the network's output for its
+    query. With `u(A; t)` the gradient at the weights A of the chunk's start, Titans
     (arXiv 2501.00663) is
 
         S_t = eta_t S_{t-1} - theta_t u(A; t),    W_t = (1 - alpha_t) W_{t-1} + S_t,
@@ -158,9 +158,9 @@ class TestTimeMemory(Memory):
     recurrence and `configs/mixer/` for the choices of each paper.
 
     * q, k, v: as `features` says; the value size of a head is D / H, and so is the key size, unless
-      the memory is one of slots, whose codes have one number per slot;
-    * gates: theta, alpha, eta and the others are functions of a linear map of the token whose
-      weights start at zero; what follows the map is in fp32;
+      the memory is one of slots, whose codes have one element per slot;
+    * gates: theta, alpha, eta and the others are functions of a linear layer of the token whose
+      weights start at zero; what follows it is in fp32;
     * output: RMSNorm per head, times `silu(W_g x_t)`, or as `readout` says, then the output
       projection.
 
@@ -274,7 +274,7 @@ class TestTimeMemory(Memory):
         )
         self._observe_call(gates, fast)
         position = tuple(p + x.shape[1] for p in state.position)
-        return Output(self._answer(y, x), TestTimeState(fast, conv, position))
+        return Output(self._readout(y, x), TestTimeState(fast, conv, position))
 
     def recall(
         self, x: Float[Tensor, "b t d"], state: TestTimeState | None = None
@@ -282,9 +282,11 @@ class TestTimeMemory(Memory):
         """`f(W; q)` for the weights as they stand, at the place of the next token."""
         state = self.init_state(len(x)) if state is None else state
         keys = self.heads * self.key_dim
-        queries = self._activated(F.linear(x, self.qkv_proj.weight[:keys]))
-        q = self._placed([self._heads(queries)], state, advance=False)[0]
-        return self._answer(recall(q, state.fast, rule=self.rule, slow=self._slow()), x)
+        queries = F.linear(x, self.qkv_proj.weight[:keys])
+        if self.features.conv_size == 1:  # no other token is in it
+            queries = (queries * self.conv.weight[:keys, 0]).to(queries.dtype)
+        q = self._placed([self._heads(self._activated(queries))], state, advance=False)[0]
+        return self._readout(recall(q, state.fast, rule=self.rule, slow=self._slow()), x)
 
     def init_state(self, batch_size: int) -> TestTimeState:
         """The learned initial weights, for every sequence."""
@@ -338,10 +340,10 @@ class TestTimeMemory(Memory):
             self.position_weight = nn.Parameter(torch.zeros(self.rule.chunk))
 
     def _make_gates(self, d_model: int) -> None:
-        """One linear map for all gates of a head, and a decay per channel by a map of low rank."""
+        """One linear layer for all gates, and two of low rank for decays per channel."""
         learner, forget_gate = self.learner, self.forget_gate
         biases = {
-            "step": [learner.inner_lr_bias]
+            "inner_lr": [learner.inner_lr_bias]
             * (len(self.initial) if learner.inner_lr_per_weight else 1),
             "keep": [forget_gate.bias] if forget_gate.gate == "head" else [],
             "momentum": [learner.momentum_bias] if learner.momentum else [],
@@ -374,14 +376,15 @@ class TestTimeMemory(Memory):
             return function(present[name]) if name in present else None
 
         rule = self.rule
-        step = self.learner.largest_inner_lr(rule.chunk, rule.memory) * parts["step"].sigmoid()
+        most = self.learner.largest_inner_lr(rule.chunk, rule.memory)
         keep = gate("keep", lambda z: -F.softplus(z))
         if self.keep_proj is not None:
             forgotten = F.softplus(at_least_fp32(self.keep_proj(x)))
-            most = MAX_CHUNK_DECAY / rule.chunk
-            keep = -forgotten.clamp(max=most).unflatten(-1, (self.heads, -1))
+            keep = -forgotten.clamp(max=MAX_CHUNK_DECAY / rule.chunk).unflatten(
+                -1, (self.heads, -1)
+            )
         return Gates(
-            step=step,
+            inner_lr=most * parts["inner_lr"].sigmoid(),
             log_keep=keep,
             log_momentum=gate("momentum", lambda z: F.logsigmoid(z)[..., 0]),
             window=gate("window", torch.sigmoid),
@@ -444,7 +447,7 @@ class TestTimeMemory(Memory):
             xs = rotate(*xs, positions=positions, base=features.rope_base)
         return xs if self.expand is None else [self.expand(x) for x in xs]
 
-    def _answer(self, y: Tensor, x: Tensor) -> Tensor:
+    def _readout(self, y: Tensor, x: Tensor) -> Tensor:
         """What was read `[B, T, H, V]` as an output: normalized, gated by `x`, mixed."""
         y = y.to(self.norm.weight.dtype)
         if self.readout.norm == "model":
@@ -456,7 +459,7 @@ class TestTimeMemory(Memory):
         return self.out_proj(y)
 
     def _observe_call(self, gates: Gates, fast: FastWeights) -> None:
-        """Step, forgotten fraction and momentum of each token and head; the norm of the weights.
+        """Reports each token's and head's gates and, at the end, the norm of the weights.
 
         A norm per token would cost a pass over the weights for each, so it is that after the last
         token of the call, and NaN before. Of accumulators, where a boundary's map makes weights of
@@ -464,11 +467,11 @@ class TestTimeMemory(Memory):
         """
         if not observing():
             return
-        observe(self, "step", gates.step.mean(-1))
+        observe(self, "inner_lr", gates.inner_lr.mean(-1))
         if gates.log_keep is not None:
             observe(self, "forget", -torch.expm1(gates.log_keep).mean(-1))
         if gates.log_momentum is not None:
             observe(self, "momentum", gates.log_momentum.exp())
         norm = torch.stack([w.square().sum((-2, -1)) for w in fast.weights]).sum(0).sqrt()
-        before = gates.step.shape[1] - 1
+        before = gates.inner_lr.shape[1] - 1
         observe(self, "memory_norm", F.pad(norm[:, None], (0, 0, before, 0), value=torch.nan))

@@ -12,10 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mneme.layers.protocol import require_at_least
+from mneme.layers.protocol import require_at_least, require_choice
 from mneme.ops.contract import kept
 from mneme.ops.test_time import MLP, Boundary, MemoryNetwork, Orthogonal
-from mneme.ops.test_time.choices import require_one_of
 
 DEEP_STEP = 0.002  # with maps between hidden layers: 0.01 and more is chaotic at initialization
 NORMALIZED_STEP = 0.5  # of 1/16, 0.25, 0.5 and 1 the largest at which MQAR is learnt fastest
@@ -27,7 +26,8 @@ class Features:
     """How queries, keys and values are made of a token: projection, convolution, SiLU, norm.
 
     Args:
-        conv_size: taps of the short causal convolution over q, k and v; default 4; 1 for none.
+        conv_size: taps of the short causal convolution over q, k and v; default 4. With 1 it is a
+            learned scale of each channel.
         affine: a learned scale and offset of each channel of q and k before SiLU, one and zero at
             the start (LaCT, arXiv 2505.23884); default False.
         silu: SiLU on q, k and v after the convolution; default True.
@@ -48,9 +48,9 @@ class Features:
     degree: int = 1
 
     def __post_init__(self) -> None:
-        """Checks the sizes."""
+        """Raises ValueError for sizes below one and an unknown `rope`."""
         require_at_least(1, conv_size=self.conv_size, degree=self.degree)
-        require_one_of((None, "sequence", "chunk"), rope=self.rope)
+        require_choice((None, "sequence", "chunk"), rope=self.rope)
 
     def width(self, key: int) -> int:
         """Features of a key of that width."""
@@ -64,7 +64,7 @@ class ForgetGate:
     Args:
         gate: "head" (default): alpha_t = sigmoid(w . x_t + b) per head, `W <- (1 - alpha_t) W`;
             "channel": one per value channel, from a map of rank 32, acting on the inputs of the
-            first linear map and the outputs of the last; at most 30 / chunk_size nats a token, as
+            first linear layer and the outputs of the last; at most 30 / chunk_size nats a token, as
             their inverses must be finite; "none".
         bias: b; default -7, which forgets 0.1 % a token to begin with.
         boundary: map of the weights where chunks meet; default none.
@@ -85,7 +85,8 @@ class Learner:
             token by token; else 1 / chunk_size, with which no chunk of unit keys overshoots in a
             linear memory without momentum (momentum eta multiplies steps by up to 1 / (1 - eta)).
         inner_lr_bias: b; default 0.
-        inner_lr_per_weight: a step for each linear map (update="chunk" only); default False.
+        inner_lr_per_weight: one for each weight of the memory (update="chunk" only); default
+            False.
         momentum: eta_t = sigmoid(w . x_t + b) per head; default True.
         momentum_bias: its b; default 0.
         update: "token" (default), "average" or "chunk"; see `mneme.ops.test_time.Rule`.
@@ -93,7 +94,8 @@ class Learner:
         window: c, tokens whose loss each step reduces, weighted by learned gates; default 1.
         orthogonal: Newton-Schulz on each update (update="chunk" only): True, with Muon's
             coefficients; "scheduled", with LaCT's, which differ from step to step; default False.
-        outer_lr: multiply the update by the chunk's mean step, after that; default False.
+        outer_lr: multiply the update by the chunk's mean inner learning rate, after that; default
+            False.
     """
 
     max_inner_lr: float | None = None
@@ -141,8 +143,8 @@ class Readout:
     gate: bool = True
 
     def __post_init__(self) -> None:
-        """Checks the norm."""
-        require_one_of(("head", "model"), norm=self.norm)
+        """Raises ValueError for an unknown norm."""
+        require_choice(("head", "model"), norm=self.norm)
 
 
 def _monomials(width: int, degree: int) -> list[tuple[int, ...]]:
@@ -165,7 +167,7 @@ class PolynomialFeatures(nn.Module):
     def __init__(self, width: int, degree: int) -> None:
         super().__init__()
         monomials = _monomials(width, degree)
-        # Numbers, no buffers: made without memory (`torch.device("meta")`), those have no values.
+        # Tuples, no buffers: made without memory (`torch.device("meta")`), those have no values.
         self.elements = tuple((*m, *[width] * (degree - len(m))) for m in monomials)  # then ones
         self.multinomials = tuple(
             factorial(len(m)) / prod(factorial(m.count(i)) for i in set(m)) for m in monomials
@@ -175,7 +177,7 @@ class PolynomialFeatures(nn.Module):
         self.coefficients = nn.Parameter(start)  # roots of a_i
 
     def forward(self, x: Float[Tensor, "b t h k"]) -> Float[Tensor, "b t h f"]:
-        """The features of each vector."""
+        """All monomials of each vector of K elements, `[B, T, H, F]`."""
         device = x.device
         (index,) = _table(self.elements, torch.long, device)
         (multinomial,) = _table(self.multinomials, x.dtype, device)
@@ -186,6 +188,6 @@ class PolynomialFeatures(nn.Module):
 
 
 @kept
-def _table(numbers: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor]:
-    """Numbers as a tensor."""
-    return (torch.tensor(numbers, dtype=dtype, device=device),)
+def _table(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor]:
+    """A tuple as a tensor."""
+    return (torch.tensor(values, dtype=dtype, device=device),)

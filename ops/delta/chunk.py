@@ -6,7 +6,9 @@ Shapes: B batch, T time, H heads, K key width, V value width.
 from jaxtyping import Float
 from torch import Tensor
 
-from mneme.ops.gated_delta import gated_delta_chunk
+from mneme.ops.contract import carries
+from mneme.ops.delta.naive import delta_naive
+from mneme.ops.gated_delta import RECURRENT_UP_TO, check_chunk_size, gated_delta, gated_delta_chunk
 
 
 def delta_chunk(
@@ -40,3 +42,25 @@ def delta_chunk(
         ValueError: If `chunk_size` is not a power of two of at least 4.
     """
     return gated_delta_chunk(q, k, v, None, beta, state, scale=scale, chunk_size=chunk_size)
+
+
+@carries("q", "k", "v", "beta")
+def delta(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    beta: Float[Tensor, "B T H"],
+    state: Float[Tensor, "B H K V"] | None = None,
+    *,
+    scale: float | None = None,
+    chunk_size: int = 64,
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
+    """Compute the delta rule in the form that is cheapest for the length given.
+
+    One or two tokens (decoding) go through `delta_naive`, more through the chunked form; both
+    compute the same function, to rounding. Arguments and results are those of `delta_chunk`.
+    """
+    check_chunk_size(chunk_size)
+    if k.shape[1] <= RECURRENT_UP_TO:
+        return delta_naive(q, k, v, beta, state, scale=scale)
+    return gated_delta(q, k, v, None, beta, state, scale=scale, chunk_size=chunk_size)

@@ -3,44 +3,13 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from mneme.ops.contract import carries
-from mneme.ops.diagonal_decay.chunk import check_chunk_size, diagonal_decay_chunk
+from mneme.ops.diagonal_decay.chunk import diagonal_decay, diagonal_decay_chunk
 from mneme.ops.diagonal_decay.naive import diagonal_decay_naive
 from mneme.ops.registry import Op
 
 __all__ = ["OP", "diagonal_decay", "diagonal_decay_chunk", "diagonal_decay_naive"]
-
-_RECURRENT_UP_TO = 4  # tokens; a step costs a few small products, a chunk over a hundred calls
-
-
-@carries("q", "k", "v", "g")
-def diagonal_decay(
-    q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T H K"],
-    v: Float[Tensor, "B T H V"],
-    g: Float[Tensor, "B T H K"],
-    state: Float[Tensor, "B H K V"] | None = None,
-    *,
-    scale: float | None = None,
-    chunk_size: int = 32,
-) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
-    """Compute the memory with decays per channel in the form cheapest for the length given.
-
-    Up to four tokens (decoding) go through `diagonal_decay_naive`, more through
-    `diagonal_decay_chunk`; both compute the same function, to rounding. Arguments and results are
-    those of the chunked form; a prompt shorter than a chunk is worked in the smallest power of two
-    that holds it.
-    """
-    check_chunk_size(chunk_size)
-    tokens = k.shape[1]
-    if tokens <= _RECURRENT_UP_TO:
-        return diagonal_decay_naive(q, k, v, g, state, scale=scale)
-    while chunk_size >= 2 * tokens:
-        chunk_size //= 2
-    return diagonal_decay_chunk(q, k, v, g, state, scale=scale, chunk_size=chunk_size)
 
 
 def _inputs(

@@ -14,13 +14,17 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mneme.ops.contract import accepts_nothing, uncompiled, without_autocast
+from mneme.ops.contract import accepts_nothing, carries, uncompiled, without_autocast
+from mneme.ops.diagonal_decay.naive import diagonal_decay_naive
 from mneme.ops.diagonal_decay.segment import Segment
 from mneme.ops.tiling import Tiling
 
-# Numbers per tensor of a segment, for each thread. The steps of a segment go over some thirty such
+_RECURRENT_UP_TO = 4  # tokens; a step costs a few small products, a chunk over a hundred calls
+
+
+# Elements per tensor of a segment, for each thread. The steps of a segment go over some thirty such
 # tensors; a smaller segment pays more for its calls than it gains from caches.
-_SEGMENT_NUMBERS = 2**18
+_SEGMENT_ELEMENTS = 2**18
 
 
 class _DiagonalDecay(torch.autograd.Function):
@@ -44,7 +48,7 @@ class _DiagonalDecay(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         tiling = Tiling.of(k, v, chunk_size, state.dtype)
         y = torch.empty_like(v, memory_format=torch.contiguous_format)
-        parts = tiling.segments(_SEGMENT_NUMBERS * torch.get_num_threads())
+        parts = tiling.segments(_SEGMENT_ELEMENTS * torch.get_num_threads())
         last, kept = state.flatten(0, 1), []
         sized = cache(partial(Segment, state, chunk=chunk_size, keep=False))
         for part in parts:
@@ -98,7 +102,7 @@ def diagonal_decay_chunk(
     """Compute `diagonal_decay_naive` in chunks, where most arithmetic is matrix products.
 
     Time is linear in T at any length, and beyond inputs and outputs the memory is that of one
-    segment of a few chunks, plus T / chunk_size states and T * chunk_size numbers a head when a
+    segment of a few chunks, plus T / chunk_size states and T * chunk_size elements a head when a
     gradient is wanted. Exact for any g <= 0, however strong or uneven, minus infinity included: one
     form for all, which never divides by a decay, so that no sequence, head or later token moves
     a bit of another. The gradient is analytic; it cannot be differentiated again. Compiled callers
@@ -129,3 +133,30 @@ def diagonal_decay_chunk(
     tensors = (q, k, v, g, state.to(dtype))
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return _DiagonalDecay.apply(*tensors, scale, chunk_size, keep)
+
+
+@carries("q", "k", "v", "g")
+def diagonal_decay(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    g: Float[Tensor, "B T H K"],
+    state: Float[Tensor, "B H K V"] | None = None,
+    *,
+    scale: float | None = None,
+    chunk_size: int = 32,
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
+    """Compute the memory with decays per channel in the form cheapest for the length given.
+
+    Up to four tokens (decoding) go through `diagonal_decay_naive`, more through
+    `diagonal_decay_chunk`; both compute the same function, to rounding. Arguments and results are
+    those of the chunked form; a prompt shorter than a chunk is worked in the smallest power of two
+    that holds it.
+    """
+    check_chunk_size(chunk_size)
+    tokens = k.shape[1]
+    if tokens <= _RECURRENT_UP_TO:
+        return diagonal_decay_naive(q, k, v, g, state, scale=scale)
+    while chunk_size >= 2 * tokens:
+        chunk_size //= 2
+    return diagonal_decay_chunk(q, k, v, g, state, scale=scale, chunk_size=chunk_size)

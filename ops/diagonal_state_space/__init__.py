@@ -4,44 +4,13 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from mneme.ops.contract import carries
-from mneme.ops.diagonal_state_space.chunk import check, diagonal_state_space_chunk
+from mneme.ops.diagonal_state_space.chunk import diagonal_state_space, diagonal_state_space_chunk
 from mneme.ops.diagonal_state_space.naive import diagonal_state_space_naive
 from mneme.ops.registry import Op
 
 __all__ = ["OP", "diagonal_state_space", "diagonal_state_space_chunk", "diagonal_state_space_naive"]
-
-_RECURRENT_UP_TO = 2  # tokens
-
-
-@carries("x")
-def diagonal_state_space(
-    x: Float[Tensor, "B T D"],
-    A: Float[Tensor, "D M 2"],
-    B: Float[Tensor, "D M 2"],
-    C: Float[Tensor, "D M 2"],
-    step: Float[Tensor, "D"],
-    state: Float[Tensor, "B D M 2"] | None = None,
-    *,
-    chunk_size: int = 64,
-) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B D M 2"]]:
-    """Compute the diagonal state space in the form that is cheapest for the size given.
-
-    One or two tokens (decoding) go through `diagonal_state_space_naive`, more through
-    `diagonal_state_space_chunk`; both compute the same function, to rounding. Arguments, results
-    and errors are those of the chunked form. Chunks are halved while their square exceeds B T, as
-    the maps of a chunk cost M C numbers a channel, and the states between chunks M B T / C.
-    """
-    check(x, A, B, C, step, chunk_size)
-    batch, tokens, _ = x.shape
-    if tokens <= _RECURRENT_UP_TO:
-        return diagonal_state_space_naive(x, A, B, C, step, state)
-    while chunk_size**2 > batch * tokens and chunk_size > 1:
-        chunk_size //= 2
-    return diagonal_state_space_chunk(x, A, B, C, step, state, chunk_size=chunk_size)
 
 
 def _inputs(

@@ -15,17 +15,21 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mneme.ops.contract import accepts_nothing, uncompiled, without_autocast
+from mneme.ops.contract import accepts_nothing, carries, uncompiled, without_autocast
 from mneme.ops.diagonal_state_space.hold import zero_order_hold
+from mneme.ops.diagonal_state_space.naive import diagonal_state_space_naive
+
+_RECURRENT_UP_TO = 2  # tokens
+
 
 # Inputs of the channels that are worked together: their tiles stay in cache from one product to
 # the next. Channels do not meet, so that any number of them may be taken at a time.
-_GROUP_NUMBERS = 2**20
+_GROUP_ELEMENTS = 2**20
 _LEAST_GROUP = 16  # channels; fewer are less than a cache line of a token
 
 
 class _Maps(NamedTuple):
-    """The linear maps of a chunk, for each channel."""
+    """The linear layers of a chunk, for each channel."""
 
     within: Tensor  # [D, C, C], from inputs to outputs; row s, column t
     write: Tensor  # [D, C, 2M], from inputs to the state after the chunk
@@ -165,7 +169,7 @@ class _Chunks(torch.autograd.Function):
 def _groups(x: Tensor) -> list[slice]:
     """Cuts the channels of x [B, T, D] into groups."""
     batch, tokens, channels = x.shape
-    size = max(_GROUP_NUMBERS // (batch * tokens), _LEAST_GROUP)
+    size = max(_GROUP_ELEMENTS // (batch * tokens), _LEAST_GROUP)
     return [slice(i, i + size) for i in range(0, channels, size)]
 
 
@@ -201,7 +205,8 @@ def diagonal_state_space_chunk(
 
     Time is linear in T. Outputs depend on nothing later, not even by rounding. Exact for any real
     part of A below 0. The gradient of the chunks is analytic; it cannot be differentiated again.
-    With gradients, the modes between chunks are kept: 2 M / chunk_size numbers a token and channel.
+    With gradients, the modes between chunks are kept: 2 M / chunk_size elements a token and
+        channel.
     Compiled callers see one opaque call (a graph break).
 
     Args:
@@ -236,3 +241,30 @@ def diagonal_state_space_chunk(
         y_rest, s = _Chunks.apply(x[:, tokens - rest :], *maps.shorter(decays, rest), s, keep)
         y = torch.cat((y, y_rest), 1)
     return y, s.unflatten(2, (-1, 2))
+
+
+@carries("x")
+def diagonal_state_space(
+    x: Float[Tensor, "B T D"],
+    A: Float[Tensor, "D M 2"],
+    B: Float[Tensor, "D M 2"],
+    C: Float[Tensor, "D M 2"],
+    step: Float[Tensor, "D"],
+    state: Float[Tensor, "B D M 2"] | None = None,
+    *,
+    chunk_size: int = 64,
+) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B D M 2"]]:
+    """Compute the diagonal state space in the form that is cheapest for the size given.
+
+    One or two tokens (decoding) go through `diagonal_state_space_naive`, more through
+    `diagonal_state_space_chunk`; both compute the same function, to rounding. Arguments, results
+    and errors are those of the chunked form. Chunks are halved while their square exceeds B T, as
+    the maps of a chunk cost M C elements a channel, and the states between chunks M B T / C.
+    """
+    check(x, A, B, C, step, chunk_size)
+    batch, tokens, _ = x.shape
+    if tokens <= _RECURRENT_UP_TO:
+        return diagonal_state_space_naive(x, A, B, C, step, state)
+    while chunk_size**2 > batch * tokens and chunk_size > 1:
+        chunk_size //= 2
+    return diagonal_state_space_chunk(x, A, B, C, step, state, chunk_size=chunk_size)

@@ -3,11 +3,14 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from mneme.ops.contract import carries
-from mneme.ops.gated_delta.chunk import check_chunk_size, gated_delta_chunk
+from mneme.ops.gated_delta.chunk import (
+    RECURRENT_UP_TO,
+    check_chunk_size,
+    gated_delta,
+    gated_delta_chunk,
+)
 from mneme.ops.gated_delta.naive import gated_delta_naive
 from mneme.ops.registry import Op
 
@@ -19,35 +22,6 @@ __all__ = [
     "gated_delta_chunk",
     "gated_delta_naive",
 ]
-
-RECURRENT_UP_TO = 2  # tokens; one step costs a few small products, a chunk some sixty calls
-
-
-@carries("q", "k", "v", "g", "beta")
-def gated_delta(
-    q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T H K"],
-    v: Float[Tensor, "B T H V"],
-    g: Float[Tensor, "B T H"] | None,
-    beta: Float[Tensor, "B T H"],
-    state: Float[Tensor, "B H K V"] | None = None,
-    *,
-    scale: float | None = None,
-    chunk_size: int = 64,
-) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
-    """Compute the gated delta rule in the form that is cheapest for the length given.
-
-    One or two tokens (decoding) go through `gated_delta_naive`, more through `gated_delta_chunk`;
-    both compute the same function, to rounding. Arguments and results are those of the chunked
-    form; a prompt shorter than a chunk is worked in the smallest power of two that holds it.
-    """
-    check_chunk_size(chunk_size)
-    tokens = k.shape[1]
-    if tokens <= RECURRENT_UP_TO:
-        return gated_delta_naive(q, k, v, g, beta, state, scale=scale)
-    while chunk_size >= 2 * tokens and chunk_size > 4:
-        chunk_size //= 2
-    return gated_delta_chunk(q, k, v, g, beta, state, scale=scale, chunk_size=chunk_size)
 
 
 def _inputs(

@@ -18,9 +18,79 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mneme.ops.contract import accepts_nothing, uncompiled, without_autocast
+from mneme.ops.contract import accepts_nothing, carries, kept, uncompiled, without_autocast
+from mneme.ops.gated_delta.naive import gated_delta_naive
 from mneme.ops.tiling import Tiling
-from mneme.ops.triangular import inverse_of_one_minus
+
+RECURRENT_UP_TO = 2  # tokens; one step costs a few small products, a chunk some sixty calls
+_LEAF = 4  # side of the blocks inverted by power series
+_BLOCK = 16  # joins up to this side are masked products of whole blocks: smaller ones are slow
+
+
+@kept
+def _level_masks(dtype: torch.dtype, device: torch.device, side: int) -> tuple[Tensor, ...]:
+    """Masks [side, side] of the leaves' strict lower parts, then of what each join brings in."""
+    row, column = torch.arange(side, device=device)[:, None], torch.arange(side, device=device)
+    masks, done = [], row <= column
+    width = _LEAF
+    while width <= side:
+        inside = row // width == column // width
+        masks.append((inside & ~done).to(dtype))
+        done = done | inside
+        width *= 2
+    return tuple(masks)
+
+
+def _diagonal(x: Tensor, side: int) -> Tensor:
+    """View [M, C / side, side, side] of the diagonal blocks of x [M, C, C]."""
+    count = x.shape[-1] // side
+    return x.view(-1, count, side, count, side).diagonal(0, 1, 3).movedim(-1, 1)
+
+
+def _invert_blocks(n: Tensor) -> Tensor:
+    """(I - N)^-1 for small blocks, N the part of n [M, c, c] below its diagonal."""
+    leaves, *joins = _level_masks(n.dtype, n.device, n.shape[-1])
+    leaf = n * leaves
+    x = torch.bmm(leaf, leaf)
+    x.diagonal(0, -2, -1).add_(1)
+    x = torch.baddbmm(x, leaf, x)  # (I + N)(I + N^2), where N^4 = 0
+    for join in joins:
+        x = torch.baddbmm(x, torch.bmm(x, n * join), x)
+    return x
+
+
+def inverse_of_one_minus(n: Float[Tensor, "M C C"]) -> Float[Tensor, "M C C"]:
+    """Compute (I - N)^-1 where N is the part of `n` strictly below its diagonal.
+
+    A library's triangular solve goes through the stack one matrix at a time on a CPU; here every
+    step is a product over the whole stack. Blocks of 4 are inverted by their power series, which
+    ends at N^3, then pairs of blocks are joined:
+
+        [[A, 0], [-B, D]]^-1 = [[A^-1, 0], [D^-1 B A^-1, D^-1]].
+
+    The series is not used beyond 4 x 4: its terms grow like binomial coefficients when keys repeat,
+    and cancel only in exact arithmetic. Entries on and above the diagonal of `n` have no influence,
+    provided they are finite.
+
+    Args:
+        n: Stack of square matrices whose side is a power of two, at least 4.
+
+    Returns:
+        Stack of unit lower triangular matrices.
+    """
+    side = n.shape[-1]
+    block = min(_BLOCK, side)
+    x = n.new_zeros(n.shape)
+    leaves = _diagonal(n, block).flatten(0, 1)
+    diagonal = _diagonal(x, block)
+    diagonal.copy_(_invert_blocks(leaves).view(diagonal.shape))
+    while block < side:
+        for start in range(0, side, 2 * block):
+            top, low = slice(start, start + block), slice(start + block, start + 2 * block)
+            joint = torch.bmm(x[:, low, low], n[:, low, top])
+            x[:, low, top] = torch.bmm(joint, x[:, top, top])
+        block *= 2
+    return x
 
 
 class _Decay(NamedTuple):
@@ -45,7 +115,7 @@ class _Decay(NamedTuple):
 
 
 class _Gates(NamedTuple):
-    """Gates in tiles."""
+    """Betas and decays of a range of chunks, in tiles."""
 
     beta: Tensor  # [N * M, C, 1]
     decay: _Decay | None
@@ -70,7 +140,7 @@ class _Gates(NamedTuple):
         return self.beta.new_ones(side, side).tril_()
 
     def wholes(self, memories: int) -> Sequence[Tensor | None]:
-        """Decay over each chunk."""
+        """Decay over each chunk, `[M, 1, 1]`; None for each without decay."""
         if self.decay is not None:
             return self.decay.whole.split(memories)
         return [None] * (len(self.beta) // memories)
@@ -319,3 +389,30 @@ def gated_delta_chunk(
     tensors = (q, k, v, g, beta, state.to(dtype))
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None)
     return _GatedDelta.apply(*tensors, scale, chunk_size, keep)
+
+
+@carries("q", "k", "v", "g", "beta")
+def gated_delta(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    g: Float[Tensor, "B T H"] | None,
+    beta: Float[Tensor, "B T H"],
+    state: Float[Tensor, "B H K V"] | None = None,
+    *,
+    scale: float | None = None,
+    chunk_size: int = 64,
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
+    """Compute the gated delta rule in the form that is cheapest for the length given.
+
+    One or two tokens (decoding) go through `gated_delta_naive`, more through `gated_delta_chunk`;
+    both compute the same function, to rounding. Arguments and results are those of the chunked
+    form; a prompt shorter than a chunk is worked in the smallest power of two that holds it.
+    """
+    check_chunk_size(chunk_size)
+    tokens = k.shape[1]
+    if tokens <= RECURRENT_UP_TO:
+        return gated_delta_naive(q, k, v, g, beta, state, scale=scale)
+    while chunk_size >= 2 * tokens and chunk_size > 4:
+        chunk_size //= 2
+    return gated_delta_chunk(q, k, v, g, beta, state, scale=scale, chunk_size=chunk_size)

@@ -10,9 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mneme.ops.contract import uncompiled, without_autocast
-from mneme.ops.linear_attention.naive import Prefix, State
-from mneme.ops.scalar_decay import scalar_decay_chunk
+from mneme.ops.contract import carries, uncompiled, without_autocast
+from mneme.ops.linear_attention.naive import Prefix, State, linear_attention_naive
+from mneme.ops.scalar_decay.chunk import check_chunk_size, scalar_decay_chunk
+
+_RECURRENT_UP_TO = 2  # tokens; one step costs a few small products, a chunk some thirty calls
 
 
 @without_autocast
@@ -73,3 +75,29 @@ def linear_attention_chunk(
     )
     y = sums[..., :-1] / (sums[..., -1:] + eps)
     return y.to(v.dtype), (end[..., :-1].contiguous(), end[..., -1].contiguous())
+
+
+@carries("q", "k", "v")
+def linear_attention(
+    q: Float[Tensor, "B T H F"],
+    k: Float[Tensor, "B T H F"],
+    v: Float[Tensor, "B T H V"],
+    state: State | None = None,
+    *,
+    prefix: Prefix | None = None,
+    eps: float = 1e-6,
+    chunk_size: int = 64,
+) -> tuple[Float[Tensor, "B T H V"], State]:
+    """Compute normalized linear attention in the form that is cheapest for the length given.
+
+    One or two tokens (decoding) go through `linear_attention_naive`, after the prefix, more through
+    `linear_attention_chunk`; both compute the same function, to rounding. Arguments and results are
+    those of the chunked form; a chunk is never longer than the sequence.
+    """
+    check_chunk_size(chunk_size)
+    if prefix is not None:
+        state = with_prefix(*prefix, state)
+    tokens = k.shape[1]
+    if tokens <= _RECURRENT_UP_TO:
+        return linear_attention_naive(q, k, v, state, eps=eps)
+    return linear_attention_chunk(q, k, v, state, eps=eps, chunk_size=min(chunk_size, tokens))

@@ -4,35 +4,13 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from mneme.ops.contract import carries
-from mneme.ops.long_convolution.blocks import check, long_convolution_blocks
+from mneme.ops.long_convolution.blocks import long_convolution, long_convolution_blocks
 from mneme.ops.long_convolution.naive import long_convolution_naive
 from mneme.ops.registry import Op
 
 __all__ = ["OP", "long_convolution", "long_convolution_blocks", "long_convolution_naive"]
-
-_RECURRENT_UP_TO = 4  # tokens; each sums over the whole state, a block transforms it
-
-
-@carries("x")
-def long_convolution(
-    x: Float[Tensor, "B T D"],
-    kernel: Float[Tensor, "D L"],
-    state: Float[Tensor, "B S D"] | None = None,
-) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B S_new D"]]:
-    """Compute the long convolution in the form that is cheapest for the length given.
-
-    Up to four tokens (decoding) go through `long_convolution_naive`, more through
-    `long_convolution_blocks`; both compute the same function, to rounding. Arguments, results and
-    errors are those of the blocked form.
-    """
-    check(x, kernel, state)
-    if x.shape[1] <= _RECURRENT_UP_TO:
-        return long_convolution_naive(x, kernel, state)
-    return long_convolution_blocks(x, kernel, state)
 
 
 def _inputs(
@@ -64,7 +42,7 @@ def _inputs(
 
 
 def _flops(inputs: dict[str, Any]) -> float:
-    """Operations of two transforms of 2T numbers a channel, as one FFT would need: 10 log2(2T)."""
+    """Operations of two transforms of 2T elements a channel, as one FFT would need: 10 log2(2T)."""
     x = inputs["x"]
     return 10.0 * x.numel() * math.log2(2 * x.shape[1])
 

@@ -17,15 +17,18 @@ from torch.autograd.function import once_differentiable
 from torch.fft import irfft, rfft
 from torch.nn.functional import pad
 
-from mneme.ops.contract import uncompiled, without_autocast
+from mneme.ops.contract import carries, uncompiled, without_autocast
 from mneme.ops.long_convolution.naive import long_convolution_naive
+
+_RECURRENT_UP_TO = 4  # tokens; each sums over the whole state, a block transforms it
+
 
 _DIRECT = 128  # tokens of the smallest blocks, which are multiplied by a Toeplitz matrix
 _PARTS = 8  # blocks of one size in a block of the next
 _MOST_BLOCKS = 16  # of the largest size; each pair of blocks costs one product of transforms
 
 # Inputs of the channels that are worked together, so that the transforms stay in cache.
-_GROUP_NUMBERS = 2**19
+_GROUP_ELEMENTS = 2**19
 _LEAST_GROUP = 16  # channels; fewer are less than a cache line of a token
 
 
@@ -43,7 +46,7 @@ def _from_earlier_blocks(x: Tensor, kernel: Tensor, last: int) -> Tensor:
     """What the `last` blocks of x [D, M, N, P] receive from the blocks before them.
 
     Input block i reaches output block i + j through the taps between (j - 1) P and (j + 1) P. Of a
-    circular convolution of 2P numbers with those taps the second half is free of wrapping.
+    circular convolution of 2P elements with those taps the second half is free of wrapping.
     """
     n, size = x.shape[2:]
     lags = min(n - 1, -(-(kernel.shape[1] - 1) // size))
@@ -108,7 +111,7 @@ def _correlate(dy: Tensor, history: Tensor, kernel: Tensor) -> tuple[Tensor, Ten
 def _groups(x: Tensor) -> list[slice]:
     """Cuts the channels of x [B, T, D] into groups."""
     batch, tokens, channels = x.shape
-    size = max(_GROUP_NUMBERS // (batch * tokens), _LEAST_GROUP)
+    size = max(_GROUP_ELEMENTS // (batch * tokens), _LEAST_GROUP)
     return [slice(i, i + size) for i in range(0, channels, size)]
 
 
@@ -190,3 +193,21 @@ def long_convolution_blocks(
     y = _LongConvolution.apply(history, kernel.to(dtype), x.shape[1])
     # Copied, as a view would hold on to the whole history, or be a view of x.
     return y, history[:, max(0, history.shape[1] - kernel.shape[1] + 1) :].clone()
+
+
+@carries("x")
+def long_convolution(
+    x: Float[Tensor, "B T D"],
+    kernel: Float[Tensor, "D L"],
+    state: Float[Tensor, "B S D"] | None = None,
+) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B S_new D"]]:
+    """Compute the long convolution in the form that is cheapest for the length given.
+
+    Up to four tokens (decoding) go through `long_convolution_naive`, more through
+    `long_convolution_blocks`; both compute the same function, to rounding. Arguments, results and
+    errors are those of the blocked form.
+    """
+    check(x, kernel, state)
+    if x.shape[1] <= _RECURRENT_UP_TO:
+        return long_convolution_naive(x, kernel, state)
+    return long_convolution_blocks(x, kernel, state)

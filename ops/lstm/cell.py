@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mneme.ops.contract import uncompiled, without_autocast
-from mneme.ops.lstm.naive import LSTMState
-from mneme.ops.lstm.scan import Cell, scan
+from mneme.ops.contract import carries, uncompiled, without_autocast
+from mneme.ops.lstm.naive import LSTMState, lstm_naive
+from mneme.ops.lstm.scan import RECURRENT_UP_TO, Cell, check_weights, scan
 
 
 class _LSTM(Cell):
@@ -98,3 +98,20 @@ def lstm_scan(
     """
     y, last = scan(_LSTM(), wx, r, b, state)
     return y, LSTMState(*last)
+
+
+@carries("wx")
+def lstm(
+    wx: Float[Tensor, "B T 4 H D"],
+    r: Float[Tensor, "4 H D D"],
+    b: Float[Tensor, "4 H D"],
+    state: LSTMState | None = None,
+) -> tuple[Float[Tensor, "B T H D"], LSTMState]:
+    """Compute the LSTM in the form that is cheapest for the length given.
+
+    One or two tokens (decoding) go through `lstm_naive`, more through `lstm_scan`; both compute the
+    same function, to rounding. Arguments and results are those of `lstm_scan`.
+    """
+    check_weights(wx, r, b)
+    form = lstm_naive if wx.shape[1] <= RECURRENT_UP_TO else lstm_scan
+    return form(wx, r, b, state)

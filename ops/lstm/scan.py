@@ -17,9 +17,9 @@ from torch.autograd.function import once_differentiable
 
 RECURRENT_UP_TO = 2  # tokens; rearranging the weights costs more than it saves
 
-# Numbers per gate of a segment of the backward pass. A larger segment hides the overhead of each
+# Elements per gate of a segment of the backward pass. A larger segment hides the overhead of each
 # call better and a smaller one stays in cache.
-_SEGMENT_NUMBERS = 2**15
+_SEGMENT_ELEMENTS = 2**15
 
 
 class Cell(ABC):
@@ -71,7 +71,7 @@ class Cell(ABC):
 def _segments(y: Tensor) -> list[slice]:
     """Ranges of steps of [B, T, H, D] that are worked together, in order."""
     batch, tokens, heads, width = y.shape
-    steps = max(1, _SEGMENT_NUMBERS // max(1, batch * heads * width))
+    steps = max(1, _SEGMENT_ELEMENTS // max(1, batch * heads * width))
     return [slice(i, min(i + steps, tokens)) for i in range(0, tokens, steps)]
 
 

@@ -3,42 +3,13 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from mneme.ops.contract import carries
 from mneme.ops.registry import Op
-from mneme.ops.scalar_decay.chunk import check_chunk_size, scalar_decay_chunk
+from mneme.ops.scalar_decay.chunk import scalar_decay, scalar_decay_chunk
 from mneme.ops.scalar_decay.naive import scalar_decay_naive
 
 __all__ = ["OP", "scalar_decay", "scalar_decay_chunk", "scalar_decay_naive"]
-
-_RECURRENT_UP_TO = 2  # tokens; one step costs a few small products, a chunk some thirty calls
-
-
-@carries("q", "k", "v", "g")
-def scalar_decay(
-    q: Float[Tensor, "B T G K"],
-    k: Float[Tensor, "B T G K"],
-    v: Float[Tensor, "B T H V"],
-    g: Float[Tensor, "B T H"] | None,
-    state: Float[Tensor, "B H K V"] | None = None,
-    *,
-    scale: float | None = None,
-    chunk_size: int = 64,
-) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
-    """Compute the memory with scalar decay in the form that is cheapest for the length given.
-
-    One or two tokens (decoding) go through `scalar_decay_naive`, more through
-    `scalar_decay_chunk`; both compute the same function, to rounding. Arguments and results are
-    those of the chunked form; a chunk is never longer than the sequence.
-    """
-    check_chunk_size(chunk_size)
-    tokens = k.shape[1]
-    if tokens <= _RECURRENT_UP_TO:
-        return scalar_decay_naive(q, k, v, g, state, scale=scale)
-    chunk_size = min(chunk_size, tokens)
-    return scalar_decay_chunk(q, k, v, g, state, scale=scale, chunk_size=chunk_size)
 
 
 def _inputs(

@@ -10,6 +10,7 @@ Shapes: B batch, T time, H heads, G groups, R = H / G, K key width, V value widt
 N chunks, M = B * H.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -19,14 +20,62 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mneme.ops.contract import accepts_nothing, uncompiled, without_autocast
-from mneme.ops.scalar_decay.decay import Decay
-from mneme.ops.scalar_decay.naive import heads_per_group
+from mneme.ops.contract import accepts_nothing, carries, uncompiled, without_autocast
+from mneme.ops.scalar_decay.naive import heads_per_group, scalar_decay_naive
 from mneme.ops.tiling import Tiling
+
+_RECURRENT_UP_TO = 2  # tokens; one step costs a few small products, a chunk some thirty calls
+
+
+class Decay(NamedTuple):
+    """Decays in tiles [N * M, C, 1]: powers of 2, as exp is slow where it underflows."""
+
+    log: Tensor  # G, inclusive sum of the base-2 log decays since the chunk's first token
+    since: Tensor  # 2^G, decay from before the chunk to each token
+    until: Tensor  # 2^(G_C - G), decay from each token to the chunk's end
+    whole: Tensor  # 2^(G_C), [N * M, 1, 1]
+
+    @classmethod
+    def of(cls, g: Tensor, tiling: Tiling) -> "Decay":
+        """Decays of all chunks, from g [B, T, H]."""
+        log = tiling.tiles(g[..., None], tiling.all).mul_(math.log2(math.e)).cumsum(1)
+        last = log[:, -1:]
+        return cls(log, log.exp2(), (last - log).exp2(), last.exp2())
+
+    def part(self, part: slice, memories: int) -> "Decay":
+        """Decays of some chunks."""
+        rows = slice(part.start * memories, part.stop * memories)
+        return Decay(*(x[rows] for x in self))
+
+    def between(self) -> Tensor:
+        """Decays [N * M, C, C] from token j to token i, 2^(G_i - G_j); 0 above the diagonal."""
+        side = self.log.shape[1]
+        future = self.log.new_full((side, side), -math.inf).triu_(1)
+        return (self.log - self.log.mT).add_(future).exp2_()
+
+    def gradient(self, read: Tensor, passed: Tensor, carried: Tensor, pairs: Tensor) -> Tensor:
+        """Gradient [N * M, C, 1] of g from the shares of the result that its decays scale.
+
+        Every use of token i as a reader carries 2^(G_i), every use as a writer 2^(-G_i) or, in the
+        state handed on, 2^(G_C - G_i). The sums below add only terms that g_t scales, so that
+        nothing larger than the result cancels, however strong the decay.
+
+        Args:
+            read: Share of what each token reads from before the chunk, [N * M, C, 1].
+            passed: Share of what each token leaves in the state handed on, [N * M, C, 1].
+            carried: Share of what passes through the chunk, [N * M, 1, 1].
+            pairs: Share of what each token reads of each token, [N * M, C, C]; its diagonal, which
+                no decay scales, is set to zero here.
+        """
+        pairs.diagonal(0, -2, -1).zero_()
+        through = read + pairs.sum(2, keepdim=True) - pairs.sum(1)[..., None]
+        dg = through.flip(1).cumsum(1).flip(1)
+        dg[:, 1:] += passed[:, :-1].cumsum(1)
+        return dg.add_(carried)
 
 
 class _Tiles(NamedTuple):
-    """What a segment works on."""
+    """Queries, keys, values and decays of a segment, in tiles."""
 
     q: Tensor  # [N * B * G, C, K], times the scale
     k: Tensor  # [N * B * G, C, K]
@@ -292,3 +341,28 @@ def scalar_decay_chunk(
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     y, last = _ScalarDecay.apply(*tensors, scale, chunk_size, keep)
     return y.view(v.shape), last.view(batch, heads, -1, width).mT.contiguous()
+
+
+@carries("q", "k", "v", "g")
+def scalar_decay(
+    q: Float[Tensor, "B T G K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T H V"],
+    g: Float[Tensor, "B T H"] | None,
+    state: Float[Tensor, "B H K V"] | None = None,
+    *,
+    scale: float | None = None,
+    chunk_size: int = 64,
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
+    """Compute the memory with scalar decay in the form that is cheapest for the length given.
+
+    One or two tokens (decoding) go through `scalar_decay_naive`, more through
+    `scalar_decay_chunk`; both compute the same function, to rounding. Arguments and results are
+    those of the chunked form; a chunk is never longer than the sequence.
+    """
+    check_chunk_size(chunk_size)
+    tokens = k.shape[1]
+    if tokens <= _RECURRENT_UP_TO:
+        return scalar_decay_naive(q, k, v, g, state, scale=scale)
+    chunk_size = min(chunk_size, tokens)
+    return scalar_decay_chunk(q, k, v, g, state, scale=scale, chunk_size=chunk_size)

@@ -3,38 +3,13 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from mneme.ops.contract import carries
 from mneme.ops.registry import Op
-from mneme.ops.selective_scan.chunk import check_shapes, selective_scan_chunk
+from mneme.ops.selective_scan.chunk import selective_scan, selective_scan_chunk
 from mneme.ops.selective_scan.naive import selective_scan_naive
 
 __all__ = ["OP", "selective_scan", "selective_scan_chunk", "selective_scan_naive"]
-
-_RECURRENT_UP_TO = 2  # tokens; beyond, the calls of one chunk cost less than those of the loop
-
-
-@carries("x", "step", "B", "C")
-def selective_scan(
-    x: Float[Tensor, "B T D"],
-    step: Float[Tensor, "B T D"],
-    A: Float[Tensor, "D N"],
-    B: Float[Tensor, "B T N"],
-    C: Float[Tensor, "B T N"],
-    state: Float[Tensor, "B D N"] | None = None,
-) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B D N"]]:
-    """Compute the selective scan in the form that is cheapest for the length given.
-
-    One or two tokens (decoding) go through `selective_scan_naive`, more through
-    `selective_scan_chunk`; both compute the same function, to rounding. Arguments, results and
-    errors are those of the chunked form.
-    """
-    check_shapes(x, step, A, B, C)
-    if x.shape[1] <= _RECURRENT_UP_TO:
-        return selective_scan_naive(x, step, A, B, C, state)
-    return selective_scan_chunk(x, step, A, B, C, state)
 
 
 def _inputs(

@@ -16,11 +16,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mneme.ops.contract import accepts_nothing, uncompiled, without_autocast
+from mneme.ops.contract import accepts_nothing, carries, uncompiled, without_autocast
+from mneme.ops.selective_scan.naive import selective_scan_naive
 
-# Numbers of one tensor of a chunk. What a chunk touches is to stay in the second-level cache, and
+_RECURRENT_UP_TO = 2  # tokens; beyond, the calls of one chunk cost less than those of the loop
+
+
+# Elements of one tensor of a chunk. What a chunk touches is to stay in the second-level cache, and
 # the calls that are made once a chunk are to be few beside the one that is made for every token.
-_CHUNK_NUMBERS = 2**18
+_CHUNK_ELEMENTS = 2**18
 _LEAST_CHUNK, _LARGEST_CHUNK = 8, 64  # tokens; a smaller chunk keeps more states for backward
 
 
@@ -97,7 +101,7 @@ def _cut(tokens: int, state: Tensor, tensors: int) -> tuple[list[slice], Tensor]
     Memory that is freed and asked for again in every chunk goes back to the system in between, and
     the pages that come back cost more than the arithmetic on them.
     """
-    size = min(max(_CHUNK_NUMBERS // state.numel(), _LEAST_CHUNK), _LARGEST_CHUNK, tokens)
+    size = min(max(_CHUNK_ELEMENTS // state.numel(), _LEAST_CHUNK), _LARGEST_CHUNK, tokens)
     spans = [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
     return spans, state.new_empty(tensors, size, *state.shape)
 
@@ -213,3 +217,24 @@ def selective_scan_chunk(
     keep = torch.is_grad_enabled() and any(v.requires_grad for v in tensors)
     y, last = _SelectiveScan.apply(*tensors, keep)
     return y, last.mT.contiguous()
+
+
+@carries("x", "step", "B", "C")
+def selective_scan(
+    x: Float[Tensor, "B T D"],
+    step: Float[Tensor, "B T D"],
+    A: Float[Tensor, "D N"],
+    B: Float[Tensor, "B T N"],
+    C: Float[Tensor, "B T N"],
+    state: Float[Tensor, "B D N"] | None = None,
+) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B D N"]]:
+    """Compute the selective scan in the form that is cheapest for the length given.
+
+    One or two tokens (decoding) go through `selective_scan_naive`, more through
+    `selective_scan_chunk`; both compute the same function, to rounding. Arguments, results and
+    errors are those of the chunked form.
+    """
+    check_shapes(x, step, A, B, C)
+    if x.shape[1] <= _RECURRENT_UP_TO:
+        return selective_scan_naive(x, step, A, B, C, state)
+    return selective_scan_chunk(x, step, A, B, C, state)

@@ -15,13 +15,13 @@ from torch.autograd.function import once_differentiable
 
 from mneme.ops.contract import carries
 
-_BLOCK_NUMBERS = 2**17  # whose products are summed while they are in cache
+_BLOCK_ELEMENTS = 2**17  # whose products are summed while they are in cache
 
 
 def _filter_gradient(history: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
     """`sum_{b, t} history[b, t + j] dy[b, t]` for each channel and tap j, block by block."""
     batch, tokens, channels = dy.shape
-    dweight, span = torch.zeros_like(weight), max(1, _BLOCK_NUMBERS // channels)
+    dweight, span = torch.zeros_like(weight), max(1, _BLOCK_ELEMENTS // channels)
     rows = max(1, span // max(1, tokens))
     for first in range(0, batch, rows):
         for start in range(0, tokens, span):

@@ -3,34 +3,14 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from mneme.ops.contract import carries
 from mneme.ops.lstm import OP as LSTM
-from mneme.ops.lstm.scan import RECURRENT_UP_TO, check_weights
 from mneme.ops.registry import Op
-from mneme.ops.slstm.cell import slstm_scan
+from mneme.ops.slstm.cell import slstm, slstm_scan
 from mneme.ops.slstm.naive import SLSTMState, slstm_naive
 
 __all__ = ["OP", "SLSTMState", "slstm", "slstm_naive", "slstm_scan"]
-
-
-@carries("wx")
-def slstm(
-    wx: Float[Tensor, "B T 4 H D"],
-    r: Float[Tensor, "4 H D D"],
-    b: Float[Tensor, "4 H D"],
-    state: SLSTMState | None = None,
-) -> tuple[Float[Tensor, "B T H D"], SLSTMState]:
-    """Compute the sLSTM in the form that is cheapest for the length given.
-
-    One or two tokens (decoding) go through `slstm_naive`, more through `slstm_scan`; both compute
-    the same function, to rounding. Arguments and results are those of `slstm_scan`.
-    """
-    check_weights(wx, r, b)
-    form = slstm_naive if wx.shape[1] <= RECURRENT_UP_TO else slstm_scan
-    return form(wx, r, b, state)
 
 
 def _inputs(

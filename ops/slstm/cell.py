@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mneme.ops.contract import uncompiled, without_autocast
-from mneme.ops.lstm.scan import Cell, scan
-from mneme.ops.slstm.naive import SLSTMState
+from mneme.ops.contract import carries, uncompiled, without_autocast
+from mneme.ops.lstm.scan import RECURRENT_UP_TO, Cell, check_weights, scan
+from mneme.ops.slstm.naive import SLSTMState, slstm_naive
 
 
 def _closed(lost: Tensor) -> Tensor:
@@ -156,3 +156,20 @@ def slstm_scan(
     """
     y, last = scan(_SLSTM(), wx, r, b, state)
     return y, SLSTMState(*last)
+
+
+@carries("wx")
+def slstm(
+    wx: Float[Tensor, "B T 4 H D"],
+    r: Float[Tensor, "4 H D D"],
+    b: Float[Tensor, "4 H D"],
+    state: SLSTMState | None = None,
+) -> tuple[Float[Tensor, "B T H D"], SLSTMState]:
+    """Compute the sLSTM in the form that is cheapest for the length given.
+
+    One or two tokens (decoding) go through `slstm_naive`, more through `slstm_scan`; both compute
+    the same function, to rounding. Arguments and results are those of `slstm_scan`.
+    """
+    check_weights(wx, r, b)
+    form = slstm_naive if wx.shape[1] <= RECURRENT_UP_TO else slstm_scan
+    return form(wx, r, b, state)

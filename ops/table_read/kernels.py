@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-_BLOCK_NUMBERS = 2**17  # of rows that are lifted to the precision of the arithmetic together
+_BLOCK_ELEMENTS = 2**17  # of rows that are lifted to the precision of the arithmetic together
 _LONGEST = 256  # lookups added up one after the other; longer runs are summed in two stages
 
 # y_i = table[rows_i] . x[token_i], the gradient of a weighted bag with respect to its weights
@@ -109,7 +109,7 @@ def _lifted(
     read: Callable[[Tensor, Tensor, Tensor], Tensor], table: Tensor, rows: Tensor, other: Tensor
 ) -> Tensor:
     """A read in the dtype of `other`: the rows of some tokens at a time are gathered and lifted."""
-    step = max(1, _BLOCK_NUMBERS // (rows.shape[1] * table.shape[1]))
+    step = max(1, _BLOCK_ELEMENTS // (rows.shape[1] * table.shape[1]))
     places = torch.arange(step * rows.shape[1], device=rows.device)
     parts = []
     for row, part in zip(rows.split(step), other.split(step), strict=True):

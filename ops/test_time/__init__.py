@@ -5,15 +5,6 @@ from torch import Tensor
 
 from mneme.ops.contract import without_autocast
 from mneme.ops.registry import Op
-from mneme.ops.test_time.boundary import (
-    Boundary,
-    LqNorm,
-    Orthogonal,
-    RowNorm,
-    Softmax,
-    UnitSlots,
-    newton_schulz,
-)
 from mneme.ops.test_time.chunk import Watch
 from mneme.ops.test_time.chunk import memorize_chunked as memorize
 from mneme.ops.test_time.examples import REGIMES, flops, inputs
@@ -27,8 +18,24 @@ from mneme.ops.test_time.memories import (
     initial_stds,
 )
 from mneme.ops.test_time.naive import memorize_naive
-from mneme.ops.test_time.objectives import DotProduct, Huber, LpError, Objective, SquaredError
-from mneme.ops.test_time.rule import FastWeights, Gates, Rule, Slow
+from mneme.ops.test_time.rule import (
+    Boundary,
+    DotProduct,
+    FastWeights,
+    Gates,
+    Huber,
+    LpError,
+    LqNorm,
+    Objective,
+    Orthogonal,
+    RowNorm,
+    Rule,
+    Slow,
+    Softmax,
+    SquaredError,
+    UnitSlots,
+    newton_schulz,
+)
 
 __all__ = [
     "MLP",

@@ -1,9 +1,9 @@
 """Test-time memories in the closed form of a chunk, with analytic inner gradients.
 
 The derivation and the costs are in the README beside this file. Here a call is cut into runs of
-chunks, at absolute places; `engine.py` computes a run.
+chunks, at absolute places, with one row of tiles per memory; `engine.py` computes a run.
 
-Shapes: B batch, T time, H heads, K key width, V value width.
+Shapes: B batch, T time, H heads, K key width, V value width, C chunk, N chunks, M = B * H memories.
 """
 
 import itertools
@@ -20,17 +20,10 @@ from mneme.ops.test_time.engine import Carried, Engine, Tiles
 from mneme.ops.test_time.memories import Head
 from mneme.ops.test_time.mixing import TiledGates
 from mneme.ops.test_time.rule import FastWeights, Gates, Rule, Slow
-from mneme.ops.test_time.tiles import (
-    from_tiles,
-    memories_of,
-    pieces,
-    to_overlapping_tiles,
-    to_tiles,
-)
 
-# Numbers in the widest tensor of a run: enough chunks a call to hide its overhead, few enough to
+# Elements in the widest tensor of a run: enough chunks a call to hide its overhead, few enough to
 # stay in cache. A run of one chunk is spared copies of weights and factors.
-_RUN_NUMBERS = 2**17
+_RUN_ELEMENTS = 2**17
 
 Watch = Callable[[str, Tensor], None]
 
@@ -141,7 +134,7 @@ class _Call:
         """The tokens in runs of chunks, in order."""
         rule, position = self.rule, self.slow.position
         widest = max(w.shape[-1] for w in self.state.weights)
-        most = _RUN_NUMBERS // (self.k.shape[0] * self.k.shape[2] * widest)
+        most = _RUN_ELEMENTS // (self.k.shape[0] * self.k.shape[2] * widest)
         cuts = pieces(self.k.shape[1], self.offset, rule.chunk, most)
         sizes, place = [n * tokens for n, tokens in cuts], self.offset
         gates = [None if g is None else g.split(sizes, 1) for g in self._gates()]
@@ -160,9 +153,9 @@ class _Call:
             place = (place + n * tokens) % rule.chunk
 
     def _tiled(self, gates: list[Tensor | None], n: int) -> TiledGates:
-        step, *others = (None if g is None else to_tiles(g, n) for g in gates)
-        assert step is not None
-        return TiledGates(step, *others)
+        inner_lr, *others = (None if g is None else to_tiles(g, n) for g in gates)
+        assert inner_lr is not None
+        return TiledGates(inner_lr, *others)
 
     def _parts(self, x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
         """Keys or values of each run, after those that its window sees before it."""
@@ -184,7 +177,50 @@ class _Call:
     def _gates(self) -> list[Tensor | None]:
         """The gates as `[B, T, H, .]`, in the order of `TiledGates`."""
         dtype = self.state.weights[0].dtype
-        step, log_keep, log_momentum, window, delta = self.gates
+        inner_lr, log_keep, log_momentum, window, delta = self.gates
         momentum = None if log_momentum is None else log_momentum[..., None]
-        gates = (step, log_keep, momentum, window, delta)
+        gates = (inner_lr, log_keep, momentum, window, delta)
         return [None if gate is None else gate.to(dtype) for gate in gates]
+
+
+def to_tiles(x: Tensor, chunks: int) -> Tensor:
+    """`[B, N * C, H, D]` to contiguous tiles `[N, M, C, D]`."""
+    return x.unflatten(1, (chunks, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2).contiguous()
+
+
+def to_overlapping_tiles(x: Tensor, chunks: int, tail: int) -> Tensor:
+    """`[B, tail + N * C, H, D]` to `[N, M, tail + C, D]`: each chunk after the tail before it."""
+    if not tail:
+        return to_tiles(x, chunks)
+    step = (x.shape[1] - tail) // chunks
+    return x.unfold(1, tail + step, step).permute(1, 0, 2, 4, 3).flatten(1, 2).contiguous()
+
+
+def from_tiles(tiles: Tensor, batch: int) -> Tensor:
+    """Tiles `[N, M, C, D]` to `[B, N * C, H, D]`."""
+    return tiles.unflatten(1, (batch, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+
+
+def memories_of(x: Tensor, batch: int) -> Tensor:
+    """One per head, `[H, ...]`, to one per memory, `[M, ...]`."""
+    return x.expand(batch, *x.shape).flatten(0, 1)
+
+
+def pieces(tokens: int, offset: int, chunk: int, most: int) -> list[tuple[int, int]]:
+    """How to process T tokens of which the first stands at `offset` in its chunk.
+
+    Args:
+        tokens: T.
+        offset: tokens of the first chunk that came before.
+        chunk: C.
+        most: tokens to process together, if that is a chunk or more.
+
+    Returns:
+        (number of chunks, tokens in each) of consecutive runs: the rest of a chunk that was begun,
+        all whole chunks, and what is left over; runs of nothing are left out.
+    """
+    rest = min(tokens, -offset % chunk)
+    whole, left = divmod(tokens - rest, chunk)
+    together = max(1, most // chunk)
+    groups = [(min(together, whole - i), chunk) for i in range(0, whole, together)]
+    return [(n, c) for n, c in [(1, rest), *groups, (1, left)] if c]

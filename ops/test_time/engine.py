@@ -2,8 +2,8 @@
 
 The derivation is in the README beside this file. A run goes in two passes. The first takes the
 chunks in order, for the keys' forward and backward pass through the memory and the update of its
-weights. The second answers the queries of all chunks at once, from the weights at the chunks'
-starts and from what the first left: each token's input and delta at every linear map.
+weights. The second reads for the queries of all chunks at once, from the weights at the chunks'
+starts and from what the first left: each token's input and delta at every linear layer.
 
 Shapes: K key width, V value width, C tokens of a chunk, N chunks of a run, M memories, R rows of
 keys of a chunk (the window's tokens before it included).
@@ -18,42 +18,47 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mneme.ops.test_time.boundary import newton_schulz
-from mneme.ops.test_time.exact import corrections, errors_in_turn
 from mneme.ops.test_time.linear import causal_read, product, update
 from mneme.ops.test_time.memories import Gradients, Head
-from mneme.ops.test_time.mixing import Mixing, Source, TiledGates, mixing
-from mneme.ops.test_time.rule import Rule
+from mneme.ops.test_time.mixing import (
+    Factors,
+    Mixing,
+    TiledGates,
+    corrections,
+    errors_in_turn,
+    mixing,
+)
+from mneme.ops.test_time.rule import Rule, newton_schulz
 
 Nested = TypeVar("Nested")
-Maps = tuple[Tensor, ...]
-"""One tensor per linear map of the memory."""
+PerWeight = tuple[Tensor, ...]
+"""One tensor per weight of the memory."""
 
 
 class Carried(NamedTuple):
     """The state within a call, `[M, in, out]` per map; fields as in `FastWeights`."""
 
-    weights: Maps
-    start: Maps  # the weights, or their accumulator, where the chunk started
-    momentum: Maps
-    pending: Maps
-    sums: Maps
+    weights: PerWeight
+    start: PerWeight  # the weights, or their accumulator, where the chunk started
+    momentum: PerWeight
+    pending: PerWeight
+    sums: PerWeight
 
 
 class _Chunk(NamedTuple):
     """What reads need of a chunk, or of all chunks of a run along the first axis."""
 
-    inputs: Maps  # [M, R, in], each token's input to each map
-    deltas: Maps  # [M, R, out], each token's delta there
-    weights: Maps  # [M, in, out], what is read from
-    added: Maps  # the same, counted by `Mixing.momentum`
-    scales: Maps  # [M, 1, 1], where weights are scaled accumulators
-    surprise: Maps  # [M, C], if watched
-    starts: Maps  # [M, in, out], the slots, if gradients are to be tangent to them
+    inputs: PerWeight  # [M, R, in], each token's input to each map
+    deltas: PerWeight  # [M, R, out], each token's delta there
+    weights: PerWeight  # [M, in, out], what is read from
+    added: PerWeight  # the same, counted by `Mixing.momentum`
+    scales: PerWeight  # [M, 1, 1], where weights are scaled accumulators
+    surprise: PerWeight  # [M, C], if watched
+    starts: PerWeight  # [M, in, out], the slots, if gradients are to be tangent to them
 
 
-def _each(function: Callable[..., Tensor], *columns: Maps) -> Maps:
-    """Applies a function to the tensors of each linear map."""
+def _each(function: Callable[..., Tensor], *columns: PerWeight) -> PerWeight:
+    """Applies a function to the tensors of each linear layer."""
     return tuple(function(*row) for row in zip(*columns, strict=True))
 
 
@@ -99,7 +104,7 @@ class Engine:
     watched: bool
 
     def mm(self, a: Tensor, b: Tensor) -> Tensor:
-        """Batched matrix product."""
+        """Batched matrix product with operands in `dtype`."""
         return product(a, b, self.dtype)
 
     def run(self, tiles: Tiles, carried: Carried) -> tuple[Tensor, Tensor | None, Carried]:
@@ -114,7 +119,7 @@ class Engine:
                 carried = self._ended(carried, here.mix)
         whole = _Chunk(*(_each(_joined, *field) for field in zip(*chunks, strict=True)))
         surprise = whole.surprise[0].view(tiles.q.shape[:3]) if self.watched else None
-        return self._answers(tiles.q, whole, mix), surprise, carried
+        return self._reads(tiles.q, whole, mix), surprise, carried
 
     def _learnt(self, here: _Here, carried: Carried, begun: bool) -> _Chunk:
         """Gradients of one chunk's tokens, and what its tokens read from."""
@@ -137,7 +142,7 @@ class Engine:
             starts=carried.start if rule.memory.tangent else (),
         )
 
-    def _gradients(self, reference: Maps, here: _Here) -> Gradients:
+    def _gradients(self, reference: PerWeight, here: _Here) -> Gradients:
         """Gradients of a chunk's tokens at the weights of its start."""
         k, v, delta = here.k, here.v, here.gates.delta
 
@@ -146,16 +151,16 @@ class Engine:
 
         return self.rule.memory.gradients(reference, k, v, self.head, error, self.mm)
 
-    def _surprise(self, gradients: Gradients, reference: Maps, here: _Here) -> Tensor:
+    def _surprise(self, gradients: Gradients, reference: PerWeight, here: _Here) -> Tensor:
         """Norm of each token's inner gradient over all maps, `[M, C]`."""
         pairs = zip(gradients.inputs, gradients.deltas, strict=True)
         squares = [x.square().sum(-1) * d.square().sum(-1) for x, d in pairs]
         if self.rule.memory.tangent:
             along = gradients.inputs[0] * self.mm(gradients.deltas[0], reference[0].mT)
             squares.append(-along.square().sum(-1))
-        return torch.stack(squares).sum(0).clamp(min=0).sqrt()[:, -here.gates.step.shape[1] :]
+        return torch.stack(squares).sum(0).clamp(min=0).sqrt()[:, -here.gates.inner_lr.shape[1] :]
 
-    def _added(self, carried: Carried, begun: bool) -> Maps:
+    def _added(self, carried: Carried, begun: bool) -> PerWeight:
         """What reads add to the weights: the momentum, or the steps so far if they are averaged."""
         averaged = self.rule.update == "average" and begun
         return carried.pending if averaged else carried.momentum
@@ -186,13 +191,13 @@ class Engine:
 
     def _updated(
         self,
-        before: Maps,
+        before: PerWeight,
         chunk: _Chunk,
         counts: Tensor,
         kept: Tensor | None = None,
-        added: Maps = (),
+        added: PerWeight = (),
         share: Tensor | None = None,
-    ) -> Maps:
+    ) -> PerWeight:
         """Weights, momentum or a sum of steps after a chunk's gradients, map by map.
 
         Args:
@@ -222,7 +227,7 @@ class Engine:
             end = mix.momentum.end
             weights = _each(lambda w, s: torch.addcmul(w, s, end), weights, c.pending)
         if rule.update == "chunk":
-            log_keep, eta, step = (x[..., None, None] for x in sums[0].unbind(-1))
+            log_keep, eta, rate = (x[..., None, None] for x in sums[0].unbind(-1))
             if momentum:
                 mean = eta / rule.chunk
                 momentum = _each(lambda s, p: torch.addcmul(p, s, mean), momentum, c.pending)
@@ -230,7 +235,7 @@ class Engine:
             if rule.orthogonal:
                 steps = tuple(newton_schulz(s, rule.orthogonal) for s in steps)
             if rule.outer_lr:
-                steps = tuple(s * (step / rule.chunk) for s in steps)
+                steps = tuple(s * (rate / rule.chunk) for s in steps)
             weights = _each(lambda w, s: torch.addcmul(s, w, log_keep.exp()), weights, steps)
             sums = (torch.zeros_like(sums[0]),)
         weights = tuple(
@@ -239,7 +244,7 @@ class Engine:
         pending = tuple(torch.zeros_like(p) for p in c.pending)
         return Carried(weights, weights, momentum, pending, sums)
 
-    def _answers(self, q: Tensor, chunk: _Chunk, mix: Mixing) -> Tensor:
+    def _reads(self, q: Tensor, chunk: _Chunk, mix: Mixing) -> Tensor:
         """What each query `[N, M, C, K]` reads from the weights of its own place."""
 
         def start(layer: int, y: Tensor) -> Tensor:
@@ -287,7 +292,7 @@ class Engine:
         return z + self.mm(y * self.mm(reads, x * self.mm(d, p.mT)), p)
 
 
-def _end(source: Source | None) -> Tensor | None:
+def _end(source: Factors | None) -> Tensor | None:
     return None if source is None else source.end
 
 
@@ -307,12 +312,12 @@ def _unbound(values: Nested) -> Iterator[Nested]:
         yield entry
 
 
-def _summed(sums: Maps, gates: TiledGates) -> Maps:
-    """Sums over the chunk so far of log keep, momentum and step."""
+def _summed(sums: PerWeight, gates: TiledGates) -> PerWeight:
+    """Sums over the chunk so far of log keep, momentum and inner learning rate."""
     if not sums:
         return ()
-    step = gates.step.mean(-1).sum(-1)
-    nothing = torch.zeros_like(step)
+    rate = gates.inner_lr.mean(-1).sum(-1)
+    nothing = torch.zeros_like(rate)
     keep = nothing if gates.log_keep is None else gates.log_keep.sum((-2, -1))
     eta = nothing if gates.log_momentum is None else gates.log_momentum.exp().sum((-2, -1))
-    return (sums[0] + torch.stack([keep, eta, step], -1),)
+    return (sums[0] + torch.stack([keep, eta, rate], -1),)

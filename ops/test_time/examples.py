@@ -11,11 +11,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from mneme.ops.test_time.boundary import LqNorm, RowNorm, Softmax, UnitSlots
 from mneme.ops.test_time.memories import MLP, Matrix, Slots, SwiGLU, initial_stds
 from mneme.ops.test_time.naive import memorize_naive
-from mneme.ops.test_time.objectives import DotProduct, Huber, LpError
-from mneme.ops.test_time.rule import Gates, Rule, Slow
+from mneme.ops.test_time.rule import (
+    DotProduct,
+    Gates,
+    Huber,
+    LpError,
+    LqNorm,
+    RowNorm,
+    Rule,
+    Slow,
+    Softmax,
+    UnitSlots,
+)
 
 BEGUN = 3  # tokens before the first, so that calls start inside a chunk
 
@@ -105,7 +114,7 @@ def inputs(
 
 
 def inputs_of(
-    chosen: Regime,
+    regime: Regime,
     generator: torch.Generator,
     batch: int,
     length: int,
@@ -114,14 +123,14 @@ def inputs_of(
     width: int,
 ) -> dict[str, Any]:
     """As `inputs`, for any regime."""
-    draw = _Draw(generator, batch, heads, width, chosen)
+    draw = _Draw(generator, batch, heads, width, regime)
     slow = draw.slow()
-    start = chosen.rule.start(draw.weights())
-    state = memorize_naive(**draw.tokens(BEGUN), state=start, rule=chosen.rule, slow=slow)[1]
+    start = regime.rule.start(draw.weights())
+    state = memorize_naive(**draw.tokens(BEGUN), state=start, rule=regime.rule, slow=slow)[1]
     wide = torch.promote_types(dtype, torch.float32)
     tokens = tree_map_only(Tensor, lambda x: x.to(dtype), draw.tokens(length))
     kept = tree_map_only(Tensor, lambda x: x.to(wide), {"state": state, "slow": slow})
-    return {**tokens, **kept, "rule": chosen.rule}
+    return {**tokens, **kept, "rule": regime.rule}
 
 
 @dataclass(frozen=True)
@@ -141,7 +150,7 @@ class _Draw:
         return memory.slots if isinstance(memory, Slots) else self.width
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal numbers."""
+        """Standard normal draws."""
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
 
     def weights(self) -> tuple[Tensor, ...]:
@@ -161,11 +170,11 @@ class _Draw:
     def _gates(self, shape: tuple[int, int, int]) -> Gates:
         rule = self.regime.rule
         maps = len(rule.memory.shapes(self.key, self.width))
-        steps = maps if rule.update == "chunk" and rule.window == 1 else 1
+        rates = maps if rule.update == "chunk" and rule.window == 1 else 1
         logits = self.normal(*shape, self.width if rule.decay == "channel" else 1)
         most = 1 / (max(4, rule.chunk) * rule.window)
         return Gates(
-            step=self.normal(*shape, steps).sigmoid() * (0.0 if self.regime.still else most),
+            inner_lr=self.normal(*shape, rates).sigmoid() * (0.0 if self.regime.still else most),
             log_keep=None if rule.decay == "none" else -F.softplus(logits + self.regime.bias),
             log_momentum=F.logsigmoid(self.normal(*shape)) if rule.momentum else None,
             window=self.normal(*shape, rule.window).sigmoid() if rule.window > 1 else None,
@@ -189,7 +198,8 @@ class _Draw:
 def flops(inputs: dict[str, Any]) -> float:
     """Operations of the forward pass.
 
-    Per head, token and linear map of `i x o`: `2 i o` for each of the keys' forward pass, the delta
+    Per head, token and linear layer of `i x o`: `2 i o` for each of the keys' forward pass, the
+        delta
     passed back (not by the first map), the write, the read, and write and read of the momentum if
     there is one; and `2 C (i + o)` for reading what the chunk's own tokens wrote.
     """

@@ -1,4 +1,4 @@
-"""One linear map of a memory: its causal read within a chunk, and its update at the chunk's end.
+"""One linear layer of a memory: its causal read within a chunk, and its update at the chunk's end.
 
 Both are a few matrix products around factors that count tokens. Left to automatic differentiation,
 each factor costs a product and a sum over the largest tensors; here the gradients of all factors

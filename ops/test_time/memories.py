@@ -1,24 +1,24 @@
 """Memory architectures: small networks whose weights are the state.
 
-A memory says how its linear maps compose into a function, and what input and what delta each of
+A memory says how its linear layers compose into a function, and what input and what delta each of
 them has for a token, so that the gradient of weight l for token j is the outer product of row j of
 `inputs[l]` with row j of `deltas[l]`. Nothing here knows about chunks, gates or momentum.
 
 Shapes: M memories, R rows (tokens), weights of one map `[M, in, out]`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from mneme.ops.sizes import scaled_width
-from mneme.ops.test_time.activations import ACTIVATIONS, ActivationName
-from mneme.ops.test_time.choices import require_one_of
+from mneme.ops.options import require_choice, scaled_width
 
 Linear = Callable[[int, Tensor], Tensor]
 """`linear(l, x)`: rows x through map l, however it is made up."""
@@ -27,6 +27,64 @@ Error = Callable[[Tensor], Tensor]
 """From predictions `[M, R, V]` to the objective's derivative there."""
 
 _LN_EPS = 1e-6
+
+
+ActivationName = Literal["gelu", "silu"]
+
+
+class _Gelu(torch.autograd.Function):
+    """phi(z) = z Phi(z) and phi'(z), Phi the normal distribution function."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        slope = torch.ops.aten.gelu_backward(torch.ones_like(z), z)
+        ctx.save_for_backward(z, slope)
+        return F.gelu(z), slope
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dvalue: Tensor, dslope: Tensor) -> Tensor:
+        z, slope = ctx.saved_tensors
+        square = z * z  # phi''(z) = (2 - z^2) exp(-z^2 / 2) / sqrt(2 pi)
+        bell = (square * -0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
+        bend = square.neg_().add_(2).mul_(bell)
+        return bend.mul_(dslope).addcmul_(dvalue, slope)
+
+
+class _Silu(torch.autograd.Function):
+    """phi(z) = z s and phi'(z), s = sigmoid(z)."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        slope = torch.ops.aten.silu_backward(torch.ones_like(z), z)
+        ctx.save_for_backward(z, slope)
+        return F.silu(z), slope
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dvalue: Tensor, dslope: Tensor) -> Tensor:
+        z, slope = ctx.saved_tensors
+        s = z.sigmoid()  # phi''(z) = s (1 - s) (2 + z (1 - 2 s))
+        bend = torch.addcmul(z + 2, z, s, value=-2).mul_(s).mul_(1 - s)
+        return bend.mul_(dslope).addcmul_(dvalue, slope)
+
+
+class Activation(NamedTuple):
+    """An activation, alone and with its slope.
+
+    Attributes:
+        value: `phi(z)`.
+        with_slope: `(phi(z), phi'(z))`, both differentiable once.
+    """
+
+    value: Callable[[Tensor], Tensor]
+    with_slope: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": Activation(F.gelu, _Gelu.apply),
+    "silu": Activation(F.silu, _Silu.apply),
+}
 
 
 class Gradients(NamedTuple):
@@ -126,7 +184,7 @@ class MLP(_Network):
         """Checks the depth and the activation."""
         if not 1 <= self.depth <= 4:
             raise ValueError(f"depth must be 1 to 4, got {self.depth}")
-        require_one_of(ACTIVATIONS, activation=self.activation)
+        require_choice(ACTIVATIONS, activation=self.activation)
 
     @property
     def matrix(self) -> bool:
@@ -141,7 +199,7 @@ class MLP(_Network):
         return [(a + self.bias, b) for a, b in pairwise(widths)]
 
     def apply(self, linear: Linear, x: Tensor, head: Head | None) -> Tensor:
-        """The function, given its linear maps."""
+        """The function, given its linear layers."""
         act = ACTIVATIONS[self.activation].value
         z = linear(0, self._fed(x))
         for layer in range(1, self.depth):
@@ -183,7 +241,7 @@ class Matrix(MLP):
     depth: int = 1
 
     def __post_init__(self) -> None:
-        """Checks that it is one."""
+        """Raises ValueError for options that make it more than a matrix."""
         super().__post_init__()
         if not self.matrix:
             raise ValueError("a Matrix has depth 1, no residual path, norm or bias: use MLP")
@@ -212,7 +270,7 @@ class SwiGLU(_Network):
         return [(key, hidden), (key, hidden), (hidden, value)]
 
     def apply(self, linear: Linear, x: Tensor, head: Head | None) -> Tensor:
-        """The function, given its linear maps."""
+        """The function, given its linear layers."""
         return self._end(linear(2, F.silu(linear(0, x)) * linear(1, x)), x, head)
 
     def gradients(
@@ -235,7 +293,7 @@ class SwiGLU(_Network):
 
 @dataclass(frozen=True)
 class Slots:
-    """m unit vectors P; `f(x) = x P`, x a code of m numbers: Lattice (arXiv 2504.05646).
+    """m unit vectors P; `f(x) = x P`, x a code of m elements: Lattice (arXiv 2504.05646).
 
     Slots are read as directions, so a slot's gradient is orthogonal to the slot: it receives only
     what it does not hold. With `Pi_i(x) = x - P_i (P_i . x)`, the gradient of slot i is
@@ -261,7 +319,7 @@ class Slots:
 
     def __post_init__(self) -> None:
         """Checks the form and the number of slots."""
-        require_one_of(("decode", "encode", "similarity"), form=self.form)
+        require_choice(("decode", "encode", "similarity"), form=self.form)
         if self.slots < 1:
             raise ValueError(f"slots must be 1 or more, got {self.slots}")
 

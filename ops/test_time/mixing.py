@@ -1,32 +1,46 @@
-"""From the gates of a chunk to the numbers that mix its tokens.
+"""From the gates of a chunk to the factors that mix its tokens.
 
 With gradients u_j taken at one reference point, everything a token does to the weights of later
 tokens is linear, and one lower triangular matrix per memory holds it: `G[t, j]` is the weight of
 token j's gradient in the weights that token t reads. No weight tensor is ever scanned.
 
+Where gradients are taken at the weights before each token instead (a matrix memory), those weights
+are linear in the errors of the tokens before it,
+
+    W_{t-1} = b_{t-1} W + f_{t-1} S - sum_{j<t} G[t-1, j] k_j^T e_j,
+
+so the errors `e_t = k_t W_{t-1} - v_t` of a chunk solve `(I + L) E = b K W + f K S - V` with b, f
+and G one row back and `L = G * (K K^T)` below its diagonal. Without momentum and with the gates
+renamed this is the chunked form of the gated delta rule; the length of a chunk does not change the
+function.
+
 Shapes: N chunks, M = B * H memories, C tokens of a chunk, R = c - 1 + C rows of keys (the last
 c - 1 tokens before the chunk first, where the objective has a window of c).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
+from mneme.ops.gated_delta.chunk import inverse_of_one_minus
+from mneme.ops.test_time.memories import Product
 from mneme.ops.test_time.rule import Rule
 
 
 class TiledGates(NamedTuple):
     """The gates of N chunks, `[N, M, C, .]`."""
 
-    step: Tensor
+    inner_lr: Tensor
     log_keep: Tensor | None
     log_momentum: Tensor | None
     window: Tensor | None
     delta: Tensor | None
 
 
-class Source(NamedTuple):
+class Factors(NamedTuple):
     """How the weights, or the momentum, count.
 
     Attributes:
@@ -44,7 +58,7 @@ class Mixing(NamedTuple):
     Attributes:
         reads: G `[N, M, C, R]`; None if tokens read the weights of the chunk's start.
         steps: what each gradient counts for in the sum of steps, the weights or whatever is
-            accumulated, at the end, `[N, M, R, 1]` (or one column per linear map).
+            accumulated, at the end, `[N, M, R, 1]` (or one column per linear layer).
         weights: what the weights before count for; None for one, everywhere.
         momentum: the same for the momentum before, or for the sum of steps before if the update is
             averaged; None without.
@@ -55,8 +69,8 @@ class Mixing(NamedTuple):
 
     reads: Tensor | None
     steps: Tensor
-    weights: Source | None = None
-    momentum: Source | None = None
+    weights: Factors | None = None
+    momentum: Factors | None = None
     impulses: Tensor | None = None
     decay: Tensor | None = None
     log_fold: Tensor | None = None
@@ -74,9 +88,9 @@ def mixing(rule: Rule, gates: TiledGates, position: Tensor | None) -> Mixing:
         return Mixing(None, _summed(rule, gates))
     if rule.update == "average":
         assert position is not None
-        weight = position[:, None].expand_as(gates.step)
-        reads = None if rule.read_before else (weight * gates.step.mT).tril()
-        return Mixing(reads, gates.step, momentum=Source(weight, weight[..., -1:, :]))
+        weight = position[:, None].expand_as(gates.inner_lr)
+        reads = None if rule.read_before else (weight * gates.inner_lr.mT).tril()
+        return Mixing(reads, gates.inner_lr, momentum=Factors(weight, weight[..., -1:, :]))
     if gates.log_keep is not None and gates.log_keep.shape[-1] > 1:
         return _per_channel(gates)
     return _per_token(rule, gates)
@@ -94,31 +108,31 @@ def _per_token(rule: Rule, gates: TiledGates) -> Mixing:
         banded = torch.diag_embed(banded.squeeze(-2))
     log_keep = gates.log_keep
     between = (
-        torch.ones_like(banded[..., : gates.step.shape[-2]]).tril()
+        torch.ones_like(banded[..., : gates.inner_lr.shape[-2]]).tril()
         if log_keep is None
         else _between(log_keep.cumsum(-2))
     )
     reads = between @ banded
     if log_keep is not None:
         kept = log_keep.cumsum(-2).exp()
-        weights = Source(kept, kept[..., -1:, :])
+        weights = Factors(kept, kept[..., -1:, :])
     if impulses is not None:
         joined = between @ passed
-        momentum = Source(joined, joined[..., -1:, :])
+        momentum = Factors(joined, joined[..., -1:, :])
     return Mixing(reads, reads[..., -1:, :].mT, weights, momentum, impulses, decay)
 
 
 def _per_channel(gates: TiledGates) -> Mixing:
     """Decays per channel fold into what meets that channel; between tokens nothing else decays."""
     assert gates.log_keep is not None
-    tokens = gates.step.shape[-2]
-    reads = gates.step.mT.expand(*gates.step.shape[:2], tokens, tokens).tril()
-    return Mixing(reads, gates.step, log_fold=gates.log_keep.cumsum(-2))
+    tokens = gates.inner_lr.shape[-2]
+    reads = gates.inner_lr.mT.expand(*gates.inner_lr.shape[:2], tokens, tokens).tril()
+    return Mixing(reads, gates.inner_lr, log_fold=gates.log_keep.cumsum(-2))
 
 
 def _summed(rule: Rule, gates: TiledGates) -> Tensor:
     """What each gradient counts for in the chunk's one step."""
-    return gates.step if rule.window == 1 else _banded(rule, gates).sum(-2).unsqueeze(-1)
+    return gates.inner_lr if rule.window == 1 else _banded(rule, gates).sum(-2).unsqueeze(-1)
 
 
 def _between(log: Tensor) -> Tensor:
@@ -136,10 +150,62 @@ def _banded(rule: Rule, gates: TiledGates) -> Tensor:
     With a window, row i holds theta_i gamma_{i, lag} at column c - 1 + i - lag.
     """
     if rule.window == 1:
-        return gates.step.mT
+        return gates.inner_lr.mT
     assert gates.window is not None
-    rows = (gates.step * gates.window).flip(-1)  # oldest first
+    rows = (gates.inner_lr * gates.window).flip(-1)  # oldest first
     n, m, tokens, width = rows.shape
     columns = tokens + width - 1
     skewed = torch.nn.functional.pad(rows, (0, columns + 1 - width)).flatten(-2)
     return skewed[..., : tokens * columns].view(n, m, tokens, columns)
+
+
+class _InverseOfOnePlus(torch.autograd.Function):
+    """`(I + L)^-1` for the part of `[., C, C]` matrices below the diagonal."""
+
+    @staticmethod
+    def forward(ctx: Any, lower: Tensor) -> Tensor:
+        tokens = lower.shape[-1]
+        side = max(4, 1 << (tokens - 1).bit_length())  # padding adds rows of the identity
+        padded = F.pad(lower.neg(), (0, side - tokens, 0, side - tokens))
+        inverse = inverse_of_one_minus(padded)[..., :tokens, :tokens].contiguous()
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> Tensor:
+        (inverse,) = ctx.saved_tensors
+        return (inverse.mT @ d @ inverse.mT).neg_().tril_(-1)
+
+
+def _back(x: Tensor, first: float) -> Tensor:
+    """Rows `[., C, .]` moved one down, with a constant in the first."""
+    return F.pad(x[..., :-1, :], (0, 0, 1, 0), value=first)
+
+
+def corrections(mix: Mixing, k: Tensor) -> Tensor:
+    """`(I + L)^-1` of N chunks, `[N, M, C, C]`, from their keys `[N, M, C, K]`."""
+    assert mix.reads is not None
+    lower = (_back(mix.reads, 0.0) * (k @ k.mT).to(mix.reads.dtype)).flatten(0, 1)
+    inverse: Tensor = _InverseOfOnePlus.apply(lower)
+    return inverse.view_as(mix.reads)
+
+
+def errors_in_turn(
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    momentum: tuple[Tensor, ...],
+    mix: Mixing,
+    solve: Tensor,
+    mm: Product,
+) -> Tensor:
+    """Errors of one chunk's tokens `[M, C, V]`, each at the weights that the one before left."""
+    target = mm(_counted_back(k, mix.weights, 1.0), weights) - v
+    for s in momentum:
+        target = target + mm(_counted_back(k, mix.momentum, 0.0), s)
+    return mm(solve, target)
+
+
+def _counted_back(k: Tensor, source: Factors | None, first: float) -> Tensor:
+    return k if source is None else k * _back(source.read, first)

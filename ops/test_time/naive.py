@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from mneme.ops.contract import accepts_nothing, without_autocast
-from mneme.ops.test_time.boundary import newton_schulz
 from mneme.ops.test_time.memories import Head, Slots
-from mneme.ops.test_time.rule import FastWeights, Gates, Rule, Slow
+from mneme.ops.test_time.rule import FastWeights, Gates, Rule, Slow, newton_schulz
 
 Weights = tuple[Tensor, ...]
 
@@ -142,7 +141,7 @@ class _Loop:
             total = tuple(
                 a + (u if share is None else share * u) for a, u in zip(total, inner, strict=True)
             )
-        steps = gates.step[..., None, None].expand(*gates.step.shape[:2], len(total), 1, 1)
+        steps = gates.inner_lr[..., None, None].expand(*gates.inner_lr.shape[:2], len(total), 1, 1)
         return tuple(steps[:, :, i] * u for i, u in enumerate(total))
 
     def _inner_gradient(self, reference: Weights, k: Tensor, v: Tensor, gates: Gates) -> Weights:
@@ -206,10 +205,10 @@ class _Loop:
 
     def _sum(self, update: Weights, gates: Gates) -> Weights:
         self.pending = tuple(p - u for p, u in zip(self.pending, update, strict=True))
-        nothing = torch.zeros_like(gates.step[..., 0])
+        nothing = torch.zeros_like(gates.inner_lr[..., 0])
         keep = nothing if gates.log_keep is None else gates.log_keep[..., 0]
         eta = nothing if gates.log_momentum is None else gates.log_momentum.exp()
-        self.sums = (self.sums[0] + torch.stack([keep, eta, gates.step.mean(-1)], -1),)
+        self.sums = (self.sums[0] + torch.stack([keep, eta, gates.inner_lr.mean(-1)], -1),)
         return self.weights
 
     def _end_chunk(self) -> None:

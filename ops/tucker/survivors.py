@@ -11,12 +11,12 @@ from mneme.ops.contract import without_autocast
 from mneme.ops.product_key import largest
 from mneme.ops.tucker.leading import Leading, leading_vectors
 
-_BLOCK_NUMBERS = 2**19  # of the grids formed at a time, so that they stay in cache
+_BLOCK_ELEMENTS = 2**19  # of the grids formed at a time, so that they stay in cache
 
 
 def _tokens_at_a_time(rows: Tensor, columns: Tensor, grid: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows and columns of some tokens, `[t, n, r]`."""
-    step, flat = max(1, _BLOCK_NUMBERS // grid), (prod(rows.shape[:-2]), *rows.shape[-2:])
+    step, flat = max(1, _BLOCK_ELEMENTS // grid), (prod(rows.shape[:-2]), *rows.shape[-2:])
     return zip(*(x.reshape(flat).split(step) for x in (rows, columns)), strict=True)
 
 

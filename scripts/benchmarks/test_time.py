@@ -84,7 +84,7 @@ def op_step(chunk: int) -> tuple[Callable[[], None], float]:
     inputs = op.inputs(torch.Generator().manual_seed(0), BATCH, LENGTH, heads=HEADS)
     rule = Rule(chunk=chunk)
     inputs |= {"rule": rule, "state": rule.start(inputs["state"].weights)}
-    gates = (inputs["gates"].step, inputs["gates"].log_keep, inputs["gates"].log_momentum)
+    gates = (inputs["gates"].inner_lr, inputs["gates"].log_keep, inputs["gates"].log_momentum)
     for leaf in (inputs["q"], inputs["k"], inputs["v"], *gates):
         leaf.requires_grad_()
 

@@ -85,8 +85,8 @@ def test_the_table_holds_what_the_layers_report(text_run, read):
     torch.testing.assert_close(column(rows, "bits"), bits, rtol=1e-4, atol=1e-5)
     assert len(reports) == 2
     for layer, named in reports.items():
-        assert {"surprise", "step", "forget", "momentum"} < set(named)
-        for name in ("surprise", "step", "forget", "momentum"):
+        assert {"surprise", "inner_lr", "forget", "momentum"} < set(named)
+        for name in ("surprise", "inner_lr", "forget", "momentum"):
             value = named[name][0]
             assert value.shape == (COUNT, 2)
             near = {"rtol": 1e-4, "atol": 1e-6}

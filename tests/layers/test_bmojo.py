@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from mneme.layers import MLP, BMojo, GatedDeltaNet, Layer, Output, SoftmaxAttention, select_state
-from mneme.layers.attention.rotary import rotate
+from mneme.layers.parts.rotary import rotate
 from tests.helpers import assert_close, assert_states_close, run_in_pieces
 
 WIDTH, LENGTH = 16, 17

@@ -19,7 +19,7 @@ from mneme.layers import (
     TestTimeMemory,
     state_tensors,
 )
-from mneme.layers.attention.rotary import rotate
+from mneme.layers.parts.rotary import rotate
 from mneme.models import LanguageModel, budget
 from mneme.ops.gated_delta import gated_delta_naive
 from tests.helpers import assert_close, assert_states_close, run_in_pieces

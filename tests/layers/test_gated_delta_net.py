@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mneme.layers import GatedDeltaNet
-from mneme.layers.matrix.decay_gates import STEP_RANGE
 from mneme.layers.matrix.gated_delta_net import RATES
+from mneme.layers.parts.step_gate import STEP_RANGE
 from mneme.ops.gated_delta import gated_delta_naive
 from tests.helpers import assert_close
 

@@ -17,10 +17,10 @@ from mneme.layers import (
     MixtureOfMemories,
     state_tensors,
 )
-from mneme.layers.attention.rotary import rotate
-from mneme.layers.matrix.decay_gates import STEP_RANGE
-from mneme.layers.matrix.feature_maps import elu_map, taylor_map, taylor_size
+from mneme.layers.matrix.linear_attention import elu_map, taylor_map, taylor_size
 from mneme.layers.matrix.retention import Retention
+from mneme.layers.parts.rotary import rotate
+from mneme.layers.parts.step_gate import STEP_RANGE
 from mneme.ops.delta import delta_naive
 from mneme.ops.diagonal_decay import diagonal_decay_naive
 from mneme.ops.scalar_decay import scalar_decay_naive

@@ -18,7 +18,7 @@ from mneme.layers import (
     select_state,
     state_tensors,
 )
-from mneme.layers.attention.rotary import rotate
+from mneme.layers.parts.rotary import rotate
 from mneme.models import LanguageModel, budget
 from tests.helpers import assert_close, assert_states_close, run_in_pieces
 

@@ -68,9 +68,9 @@ def test_one_memory_with_biases_is_that_memory_also_in_a_mixture(shared):
             layer.write_proj.copy_(layer.base.in_proj.weight[None, queries:])
     base, output = layer.base, layer(x())
     y, state = base.read_written(x(), base.init_state(2))
-    assert_close(output.y, base.answer((1 + shared) * y, x()), "output")
+    assert_close(output.y, base.readout((1 + shared) * y, x()), "output")
     recalled = (1 + shared) * base.read(base.queries(x(1), ()), state.memory)
-    assert_close(layer.recall(x(1), output.state), base.answer(recalled, x(1)), "recalled")
+    assert_close(layer.recall(x(1), output.state), base.readout(recalled, x(1)), "recalled")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mneme.layers import PrefixLinearAttention
-from mneme.layers.matrix.feature_maps import elu_map, taylor_map
+from mneme.layers.matrix.linear_attention import elu_map, taylor_map
 from mneme.ops.linear_attention import linear_attention_naive
 from tests.helpers import assert_close, run_in_pieces
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mneme.layers.attention.rotary import rotate
+from mneme.layers.parts.rotary import rotate
 from tests.helpers import assert_close
 
 

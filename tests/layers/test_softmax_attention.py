@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mneme.layers import SoftmaxAttention
-from mneme.layers.attention.rotary import rotate
+from mneme.layers.parts.rotary import rotate
 from tests.helpers import assert_close
 
 

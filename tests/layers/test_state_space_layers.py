@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from mneme.layers import S4D, LongConv, Mamba, SavingLayer
-from mneme.layers.matrix.decay_gates import STEP_RANGE
+from mneme.layers.parts.step_gate import STEP_RANGE
 from mneme.layers.recurrent.long_conv import KERNEL_STD
 from mneme.layers.recurrent.s4d import first_rates
 from mneme.models.optim import parameter_groups

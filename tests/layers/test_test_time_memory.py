@@ -36,9 +36,9 @@ every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
 def from_config(name: str, d_model: int = 32):
-    recipe = build(compose_checked([f"mixer={name}"]).config["mixer"])
+    factory = build(compose_checked([f"mixer={name}"]).config["mixer"])
     torch.manual_seed(0)
-    return recipe(d_model)
+    return factory(d_model)
 
 
 def tokens(batch: int, length: int, width: int = 32, dtype=torch.float64):
@@ -112,7 +112,14 @@ def test_gates_start_where_the_documentation_says():
     (values,) = record.by_layer(layer).values()
     assert values["forget"].mean().item() == pytest.approx(torch.tensor(-7.0).sigmoid().item())
     assert values["momentum"].mean().item() == pytest.approx(0.5)
-    assert values["step"].mean().item() == pytest.approx(0.25)
+    assert values["inner_lr"].mean().item() == pytest.approx(0.25)
+
+
+def test_recall_scales_queries_as_a_call_does_where_the_convolution_has_one_tap():
+    still = {"forget_gate": ForgetGate("none"), "learner": Learner(max_inner_lr=0.0)}
+    layer = TestTimeMemory(16, heads=2, features=Features(conv_size=1), **still).double()
+    x = tokens(2, 20, width=16)
+    assert_close(layer.recall(x), layer(x).y, "recalled from a memory that learns nothing")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +135,7 @@ def test_steps_are_bounded_whatever_the_token_says(options, largest):
     layer = TestTimeMemory(16, heads=2, **options)
     with torch.no_grad():
         layer.gates_proj.weight.normal_(std=100.0)
-        step = layer._gates(torch.randn(2, 50, 16)).step
+        step = layer._gates(torch.randn(2, 50, 16)).inner_lr
     assert 0 <= step.min() <= step.max() <= largest
     assert step.max() > 0.9 * largest
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from mneme.layers import LAYERS
-from mneme.ops.sizes import scaled_width
+from mneme.ops.options import scaled_width
 from mneme.ops.test_time import MLP, SwiGLU
 
 D = 22  # 25 / 11 * 11 is rounded up and 15 / 11 * 11 down, and so are their doubles

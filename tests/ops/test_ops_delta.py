@@ -64,7 +64,7 @@ def test_is_the_gated_rule_without_decay(plain, gated, gates):
 
 
 def test_several_segments_carry_state_and_gradient(monkeypatch):
-    monkeypatch.setattr("mneme.ops.tiling._SEGMENT_NUMBERS", 2 * 6 * 16 * 20)
+    monkeypatch.setattr("mneme.ops.tiling._SEGMENT_ELEMENTS", 2 * 6 * 16 * 20)
     inputs = make(OP, 150)
     chunked = inputs | {"chunk_size": 16}
     assert_close(results(delta_chunk, chunked), results(OP.naive, inputs), 1e-10)

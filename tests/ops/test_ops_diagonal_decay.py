@@ -57,7 +57,7 @@ def test_chunk_size_must_be_a_power_of_two(chunk_size):
 
 @pytest.mark.parametrize("regime", ["typical", "mixed_decay"])
 def test_several_segments_carry_state_and_gradient(regime, monkeypatch):
-    monkeypatch.setattr("mneme.ops.diagonal_decay.chunk._SEGMENT_NUMBERS", 2 * 6 * 16 * 20)
+    monkeypatch.setattr("mneme.ops.diagonal_decay.chunk._SEGMENT_ELEMENTS", 2 * 6 * 16 * 20)
     inputs = make(OP, 150, regime=regime)
     chunked = inputs | {"chunk_size": 16}  # segments of two chunks, the last of one and a part
     assert_close(results(diagonal_decay_chunk, chunked), results(OP.naive, inputs), 1e-10)

@@ -45,7 +45,7 @@ def test_chunk_size_changes_nothing(chunk_size, regime):
 
 @pytest.mark.parametrize("channels", [1, 3, 7])
 def test_groups_of_channels_change_nothing(monkeypatch, channels):
-    monkeypatch.setattr("mneme.ops.diagonal_state_space.chunk._GROUP_NUMBERS", 1)
+    monkeypatch.setattr("mneme.ops.diagonal_state_space.chunk._GROUP_ELEMENTS", 1)
     monkeypatch.setattr("mneme.ops.diagonal_state_space.chunk._LEAST_GROUP", channels)
     inputs = make(OP, 130)
     assert_close(results(diagonal_state_space_chunk, inputs), results(OP.naive, inputs), 1e-10)

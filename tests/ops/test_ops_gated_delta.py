@@ -5,7 +5,7 @@ import torch
 
 from mneme.ops import OPS
 from mneme.ops.gated_delta import gated_delta, gated_delta_chunk, gated_delta_naive
-from mneme.ops.triangular import inverse_of_one_minus
+from mneme.ops.gated_delta.chunk import inverse_of_one_minus
 from tests.ops.calls import gradients, make, results
 from tests.ops.closeness import assert_close
 
@@ -39,7 +39,7 @@ def test_chunk_size_must_be_a_power_of_two(chunk_size):
 
 
 def test_several_segments_carry_state_and_gradient(monkeypatch):
-    monkeypatch.setattr("mneme.ops.tiling._SEGMENT_NUMBERS", 2 * 6 * 16 * 20)
+    monkeypatch.setattr("mneme.ops.tiling._SEGMENT_ELEMENTS", 2 * 6 * 16 * 20)
     inputs = make(OP, 150) | {"chunk_size": 16}
     plain = {key: x for key, x in inputs.items() if key != "chunk_size"}
     assert_close(results(gated_delta_chunk, inputs), results(OP.naive, plain), 1e-10)

@@ -1,4 +1,4 @@
-"""Products of groups of rows, against one linear map at a time."""
+"""Products of groups of rows, against one linear layer at a time."""
 
 import pytest
 import torch

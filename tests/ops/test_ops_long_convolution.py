@@ -62,7 +62,7 @@ def test_it_is_the_convolution_of_the_library(function):
 
 
 def test_groups_of_channels_change_nothing(monkeypatch):
-    monkeypatch.setattr("mneme.ops.long_convolution.blocks._GROUP_NUMBERS", 1)
+    monkeypatch.setattr("mneme.ops.long_convolution.blocks._GROUP_ELEMENTS", 1)
     monkeypatch.setattr("mneme.ops.long_convolution.blocks._LEAST_GROUP", 3)
     inputs = make(OP, 130)
     assert_close(results(long_convolution_blocks, inputs), results(OP.naive, inputs), 1e-12)

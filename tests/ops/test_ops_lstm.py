@@ -64,7 +64,7 @@ RESULTS = {"lstm": ["y", "state.h", "state.c"], "slstm": ["y", *(f"state.{x}" fo
 
 @pytest.mark.parametrize(("name", "only"), [(name, x) for name in RESULTS for x in RESULTS[name]])
 def test_several_segments_carry_state_and_every_gradient(name, only, monkeypatch):
-    monkeypatch.setattr("mneme.ops.lstm.scan._SEGMENT_NUMBERS", 7 * 2 * 3 * 10)
+    monkeypatch.setattr("mneme.ops.lstm.scan._SEGMENT_ELEMENTS", 7 * 2 * 3 * 10)
     op = OPS[name]
     inputs = make(op, 40)
     scan = op.forms["scan"]

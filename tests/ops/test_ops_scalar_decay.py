@@ -115,7 +115,7 @@ def test_groups_must_divide_the_heads(function, groups):
 
 @pytest.mark.parametrize("regime", ["no_decay", "grouped"])
 def test_several_segments_carry_state_and_gradient(regime, monkeypatch):
-    monkeypatch.setattr("mneme.ops.tiling._SEGMENT_NUMBERS", 2 * 12 * 16 * 20)
+    monkeypatch.setattr("mneme.ops.tiling._SEGMENT_ELEMENTS", 2 * 12 * 16 * 20)
     inputs = make(OP, 150, regime=regime) | {"chunk_size": 16}
     plain = {key: x for key, x in inputs.items() if key != "chunk_size"}
     assert_close(results(scalar_decay_chunk, inputs), results(OP.naive, plain), 1e-10)

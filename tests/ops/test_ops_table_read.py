@@ -39,7 +39,7 @@ def table_gradient(read, table, rows, other, **options):
     return leaf.grad
 
 
-# Numbers of lookups of one row around the length from which they are summed in two stages.
+# Elements of lookups of one row around the length from which they are summed in two stages.
 LONGEST = kernels._LONGEST
 HITS = {
     "typical": [3, 1, 0, 2, 0, 0, 4],
@@ -164,7 +164,7 @@ def test_blocks_of_lifted_rows_give_the_same_whatever_their_size(read, monkeypat
     other = factor(read, rows, 12)
     expected = READS[read](table.float(), rows, other)
     for numbers in (1, 64 * 5, 12 * 5 * 36, 12 * 5 * 37):
-        monkeypatch.setattr(kernels, "_BLOCK_NUMBERS", numbers)
+        monkeypatch.setattr(kernels, "_BLOCK_ELEMENTS", numbers)
         torch.testing.assert_close(READS[read](table, rows, other), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -187,7 +187,7 @@ class Largest(TorchDispatchMode):
 @every_read
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_copy_of_all_looked_up_rows_is_made(read, dtype, monkeypatch):
-    monkeypatch.setattr(kernels, "_BLOCK_NUMBERS", 20 * 32)
+    monkeypatch.setattr(kernels, "_BLOCK_ELEMENTS", 20 * 32)
     rows, table = indices(16, 50, 20), normal(16, 32).to(dtype).requires_grad_()
     other = factor(read, rows, 32).requires_grad_()
     with Largest() as seen:

@@ -35,8 +35,8 @@ from mneme.ops.test_time import (
     newton_schulz,
     recall,
 )
-from mneme.ops.test_time.activations import ACTIVATIONS
 from mneme.ops.test_time.examples import REGIMES, Regime, inputs_of
+from mneme.ops.test_time.memories import ACTIVATIONS
 from tests.ops.calls import cut, make, replaced, results, tensors
 from tests.ops.closeness import assert_close
 
@@ -245,7 +245,7 @@ class TestInnerGradients:
         for t in range(3):
             piece = cut(inputs, OP, t, t + 1)
             gates = piece["gates"]
-            still, one = torch.zeros_like(gates.step), torch.ones_like(gates.step)
+            still, one = torch.zeros_like(gates.inner_lr), torch.ones_like(gates.inner_lr)
             fixed = gates._replace(
                 log_keep=None if gates.log_keep is None else torch.zeros_like(gates.log_keep),
                 log_momentum=None
@@ -256,7 +256,7 @@ class TestInnerGradients:
                 memorize_naive(
                     **piece
                     | {
-                        "gates": fixed._replace(step=s),
+                        "gates": fixed._replace(inner_lr=s),
                         "state": state._replace(offset=state.offset[:, :0]),
                         "rule": replace(rule, chunk=max(rule.chunk, 2)),
                     }
@@ -283,7 +283,7 @@ class TestBehavior:
             norms = [w[0].norm(dim=-2, keepdim=True) for w in first.weights]
             first = first._replace(weights=tuple(w[:1].expand_as(w).clone() for w in first.weights))
             inputs["slow"] = inputs["slow"]._replace(norms=tuple(norms))
-        still = gates._replace(step=torch.zeros_like(gates.step), log_keep=None)
+        still = gates._replace(inner_lr=torch.zeros_like(gates.inner_lr), log_keep=None)
         _, after = memorize(**inputs | {"gates": still, "state": first})
         named = {f"w{i}": w for i, w in enumerate(after.weights)}
         assert_close(named, {f"w{i}": w for i, w in enumerate(first.weights)}, 1e-9)

@@ -52,4 +52,6 @@ def test_gated_delta_net(options):
 
 
 def test_gated_delta_net_as_it_is():
-    compare(precision={"in_double": False, "tolerance": 1e-5})  # all but the linear maps is in fp32
+    compare(
+        precision={"in_double": False, "tolerance": 1e-5}
+    )  # all but the linear layers is in fp32

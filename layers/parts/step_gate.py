@@ -46,7 +46,7 @@ class StepGate(nn.Module):
     def forward(
         self, raw: Float[Tensor, "... h"]
     ) -> tuple[Float[Tensor, "... h"], Float[Tensor, "... h"]]:
-        """Log decays and steps from what a linear map says of each token."""
+        """Log decays and steps from what a linear layer says of each token."""
         step = F.softplus(at_least_fp32(raw) + self.dt_bias)
         if self.limit != NO_LIMIT:
             step = step.clamp(*self.limit)

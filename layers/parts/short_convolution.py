@@ -53,7 +53,7 @@ class ShortConvolution(Layer):
         return Output(y, ConvState(tail))
 
     def init_state(self, batch_size: int) -> ConvState:
-        """Zeros."""
+        """Zeros in the place of the inputs before the first."""
         channels, taps = self.weight.shape
         return ConvState(self.weight.new_zeros(batch_size, taps - 1, channels))
 

@@ -34,7 +34,7 @@ class RopeScaling:
     high_turns: float = 4.0
 
     def __post_init__(self) -> None:
-        """Checks the numbers."""
+        """Raises ValueError for options out of range."""
         length = 1 if self.trained_length is None else self.trained_length
         require_at_least(1, factor=self.factor, trained_length=length)
         if not 0 <= self.low_turns < self.high_turns:
