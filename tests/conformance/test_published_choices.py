@@ -9,7 +9,7 @@ import pytest
 
 from mneme import layers
 from mneme.harness.config.build import build
-from mneme.harness.config.compose import CONFIG_DIR, compose_group
+from mneme.harness.config.compose import CONFIG_DIR, compose_checked, compose_group
 from mneme.ops import test_time
 
 MIXERS = {
@@ -221,3 +221,42 @@ def test_a_hybrid_attends_in_the_blocks_that_its_paper_says(name, attends):
     pattern = compose_group("model", [f"model={name}"])["pattern"]
     mixers = [block[0]["_target_"] for block in pattern]
     assert [int(mixer == "mneme.layers.SoftmaxAttention") for mixer in mixers] == attends
+
+
+TRAINING = {  # what all runs share: clipping, decay and floor as GPT-3's (arXiv 2005.14165)
+    ("trainer", "default"): {
+        "max_steps": 1000,
+        "val_check_interval": 200,
+        "accumulate_grad_batches": 1,
+        "gradient_clip_val": 1.0,
+        "precision": "32-true",
+    },
+    ("optimizer", "adamw"): {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1},
+    ("schedule", "constant"): {"warmup": 0.05},
+    ("schedule", "cosine"): {"warmup": 0.05, "floor": 0.1},
+    ("schedule", "wsd"): {"warmup": 0.05, "decay": 0.2, "floor": 0.0},  # arXiv 2404.06395
+}
+EXPERIMENTS = {"demo": (900, 1e-2), "facts": (1000, 3e-3), "rare_facts": (1000, 3e-3)}
+
+
+@pytest.mark.parametrize(("group", "name"), TRAINING)
+def test_runs_are_trained_by_the_recipe_that_was_chosen(group, name):
+    found = compose_group(group, [f"{group}={name}"])
+    assert part_of(TRAINING[group, name], found), found
+
+
+def test_every_schedule_and_optimizer_is_in_the_table():
+    files = {(g, file.stem) for g in ("trainer", "optimizer", "schedule")
+             for file in (CONFIG_DIR / g).glob("*.yaml")}  # fmt: skip
+    assert files == set(TRAINING)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_are_as_long_as_their_pages_say(name):
+    config = compose_checked([f"experiment={name}"]).config
+    assert (config["trainer"]["max_steps"], config["optimizer"]["lr"]) == EXPERIMENTS[name]
+
+
+def test_the_second_phase_is_half_of_the_experiment():
+    config = compose_checked(["experiment=facts", "task=facts_two_phases"]).config
+    assert 2 * config["task"]["second_phase_after"] == config["trainer"]["max_steps"]
