@@ -1,17 +1,17 @@
 """A run that is stopped, by whatever, goes on as if it had never stopped."""
 
+import os
 import random
 import signal
 import time
 
-import pytest
-
 from mneme.harness.run.metrics_file import read_metrics
 from mneme.harness.run.run_directory import RunDirectory
 from mneme.models.bank import read_manifest, verify_bank
-from tests.harness.conftest import TINY, program, start
+from tests.harness.conftest import TINY, start
+from tests.harness.test_signals import Fork, ran, train
 
-STEPS = 250
+STEPS = 130
 # Dropout, so that random state matters; validations and checkpoints that do not coincide.
 RUN = (
     *TINY,
@@ -25,15 +25,15 @@ RUN = (
 BANK = ("ffn=bank", "ffn.bank.branching=2", "ffn.bank.hidden=[4,4]", "save_bank_every=10")
 
 
-def wait_for_step(process, run: RunDirectory, step: int) -> None:
-    """Returns as soon as the run has logged a step, or has ended."""
+def wait_for_step(run: RunDirectory, step: int) -> None:
+    """Returns as soon as the run has logged a step."""
     deadline = time.monotonic() + 90
-    while process.poll() is None and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
         rows = read_metrics(run.metrics)
         if rows and rows[-1]["step"] >= step:
             return
-        time.sleep(0.001)
-    assert process.poll() is not None, f"no step {step} in 90 s"
+        time.sleep(0.002)
+    raise AssertionError(f"no step {step} in 90 s")
 
 
 def require_bank(run: RunDirectory, said: str) -> None:
@@ -46,41 +46,42 @@ def require_bank(run: RunDirectory, said: str) -> None:
 
 def test_killed_five_times_the_curve_is_that_of_a_run_never_killed(tmp_path):
     whole = RunDirectory(tmp_path / "whole")
-    done = program("train.py", *RUN, *BANK, f"run_dir={whole.path}", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    status, said = ran(tmp_path, train, *RUN, *BANK, f"run_dir={whole.path}")
+    assert status == 0, said
     killed = RunDirectory(tmp_path / "killed")
     arguments = [*RUN, *BANK, f"run_dir={killed.path}"]
     steps = sorted(random.Random().sample(range(1, STEPS - 20), 5))
     for step in steps:
-        process = start("train.py", *arguments, cwd=tmp_path)
-        wait_for_step(process, killed, step)
-        process.kill()
-        said = process.communicate(timeout=60)[0]
-        assert process.returncode == -signal.SIGKILL, said
+        with (tmp_path / "output").open("w") as output:
+            fork = Fork(train, *arguments, output=output.fileno())
+            wait_for_step(killed, step)
+            os.kill(fork.id, signal.SIGKILL)
+        said = (tmp_path / "output").read_text()
+        assert fork.ended() == -signal.SIGKILL, said
         require_bank(killed, said)
         arguments = [f"resume={killed.path}"]
-    done = program("train.py", *arguments, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    status, said = ran(tmp_path, train, *arguments)
+    assert status == 0, said
     stitched, uninterrupted = read_metrics(killed.metrics), read_metrics(whole.metrics)
     assert len(uninterrupted) == STEPS + STEPS // 30 + 1
     assert stitched == uninterrupted, f"killed after steps {steps}"
     assert read_manifest(killed.bank).facts["step"] == STEPS
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
-)
-def test_a_signal_saves_and_ends_the_run_with_one_line(tmp_path, number, status):
+def test_ctrl_c_from_outside_saves_and_ends_the_run_with_one_line(tmp_path):
+    """A program of its own; test_signals.py has every moment and SIGTERM."""
     run = RunDirectory(tmp_path / "run")
     endless = [*RUN, "trainer.max_steps=100000", f"run_dir={run.path}"]
     process = start("train.py", *endless, cwd=tmp_path)
-    wait_for_step(process, run, 5)
-    process.send_signal(number)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == status
+    try:
+        wait_for_step(run, 5)
+    finally:
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
     assert "Traceback" not in said
     assert f"train.py resume={run.path}" in said
-    assert f"stopped by {number.name}" in said
+    assert "stopped by SIGINT" in said
     assert run.read_summary()["status"] == "interrupted"
     last = read_metrics(run.metrics)[-1]["step"]
     assert f"{last} steps are saved" in said

@@ -1,18 +1,26 @@
 """What is named by the time is nobody else's."""
 
 import json
+import os
+from functools import partial
 
 from mneme.harness.config.compose import claim_sweep
 from mneme.harness.run.run_directory import claim_by_time
-from tests.harness.conftest import TINY, start
+from tests.harness.conftest import TINY
+from tests.harness.test_signals import Fork, train
 
 
 def test_sweeps_that_start_together_lose_no_job(tmp_path):
-    started = [
-        start("train.py", "-m", *TINY, f"seed={seed}", cwd=tmp_path) for seed in (1, 2)
-    ]  # of one second, more often than not
-    said = [process.communicate(timeout=280)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
+    with (tmp_path / "output").open("w") as output:
+        started = [
+            Fork(
+                train, "-m", *TINY, f"seed={seed}",
+                prepare=partial(os.chdir, tmp_path), output=output.fileno(),
+            )
+            for seed in (1, 2)
+        ]  # of one second, more often than not  # fmt: skip
+        statuses = [fork.ended(280) for fork in started]
+    assert statuses == [0, 0], (tmp_path / "output").read_text()
     found = [json.loads(path.read_text()) for path in tmp_path.glob("runs/*/0/summary.json")]
     assert sorted(summary["seed"] for summary in found) == [1, 2]
 

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+import train
 from mneme.harness.run.checkpoints import read_checkpoint
 from mneme.harness.run.metrics_file import read_metrics
 from mneme.harness.run.run_directory import RunDirectory
@@ -27,16 +28,15 @@ SHARED_TABLE = (
 
 def two_ways(tmp_path, *options):
     """The same run by one process that accumulates two batches, and by two processes."""
-    runs = {}
-    for name, parallel in {
-        "one": ["trainer.accumulate_grad_batches=2", "trainer.val_check_interval=6"],
-        "two": ["trainer.devices=2", "trainer.strategy=ddp", "trainer.val_check_interval=3"],
-    }.items():
-        runs[name] = RunDirectory(tmp_path / name)
-        where = f"run_dir={runs[name].path}"
-        done = program("train.py", *options, where, *parallel, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("run directory:") == 1
+    runs = {name: RunDirectory(tmp_path / name) for name in ("one", "two")}
+    accumulating = ["trainer.accumulate_grad_batches=2", "trainer.val_check_interval=6"]
+    train.main([*options, f"run_dir={runs['one'].path}", *accumulating])
+    # The second process finds the run that the first has begun.
+    parallel = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.val_check_interval=3"]
+    begun = ["resume=auto", *options, f"run_dir={runs['two'].path}", *parallel]
+    done = program("train.py", *begun, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run directory:") == 1
     one, two = (read_metrics(run.metrics) for run in runs.values())
     assert [row["step"] for row in one] == [row["step"] for row in two]
     for row_one, row_two in zip(one, two, strict=True):
