@@ -83,10 +83,10 @@ class SoftmaxAttention(Layer):
         self.window = window
         self.rope_base, self.rope_scaling = rope_base, rope_scaling
         self._check_sizes(d_model, head_dim)
-        sizes = [self.heads * self.head_dim, self.kv_heads * self.head_dim]
-        self.q_proj = nn.Linear(d_model, sizes[0], bias=bias)
-        self.kv_proj = nn.Linear(d_model, 2 * sizes[1], bias=bias)
-        self.out_proj = nn.Linear(sizes[0], d_model, bias=bias)
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(d_model, queries, bias=bias)
+        self.kv_proj = nn.Linear(d_model, 2 * keys, bias=bias)
+        self.out_proj = nn.Linear(queries, d_model, bias=bias)
         self.persistent = nn.Parameter(torch.randn(persistent, d_model)) if persistent else None
 
     def _check_sizes(self, d_model: int, head_dim: int | None) -> None:

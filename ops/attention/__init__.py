@@ -2,12 +2,9 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from mneme.ops.attention.fused import attention
 from mneme.ops.attention.naive import attention_naive
-from mneme.ops.registry import Op
+from mneme.ops.registry import Draw, Op, drawn
 
 __all__ = ["OP", "attention", "attention_naive"]
 
@@ -21,13 +18,12 @@ _REGIMES: dict[str, dict[str, int]] = {
 }
 
 
+@drawn()
 def _inputs(
-    generator: torch.Generator,
+    draw: Draw,
     batch: int,
     length: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    regime: str = "typical",
+    regime: str,
     heads: int = 4,
     key_heads: int = 4,
     key: int = 64,
@@ -37,13 +33,10 @@ def _inputs(
     options = dict(_REGIMES[regime])
     keys = options.get("prefix", 0) + options.pop("past", 0) + length
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
     return {
-        "q": normal(batch, length, heads, key),
-        "k": normal(batch, keys, key_heads, key),
-        "v": normal(batch, keys, key_heads, value),
+        "q": draw.normal(batch, length, heads, key),
+        "k": draw.normal(batch, keys, key_heads, key),
+        "v": draw.normal(batch, keys, key_heads, value),
         **options,
     }
 

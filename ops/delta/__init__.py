@@ -2,9 +2,6 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from mneme.ops.delta.chunk import delta, delta_chunk
 from mneme.ops.delta.naive import delta_naive
 from mneme.ops.gated_delta import OP as GATED_DELTA
@@ -13,20 +10,9 @@ from mneme.ops.registry import Op
 __all__ = ["OP", "delta", "delta_chunk", "delta_naive"]
 
 
-def _inputs(
-    generator: torch.Generator,
-    batch: int,
-    length: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    regime: str = "typical",
-    heads: int = 4,
-    key: int = 64,
-    value: int = 64,
-) -> dict[str, Any]:
+def _inputs(*args: Any, **options: Any) -> dict[str, Any]:
     """Inputs of the gated delta rule in the same regime, without its decays."""
-    sizes = {"heads": heads, "key": key, "value": value}
-    inputs = GATED_DELTA.inputs(generator, batch, length, dtype=dtype, regime=regime, **sizes)
+    inputs = GATED_DELTA.inputs(*args, **options)
     del inputs["g"]
     return inputs
 

@@ -4,49 +4,37 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mneme.ops.diagonal_state_space.chunk import diagonal_state_space, diagonal_state_space_chunk
 from mneme.ops.diagonal_state_space.naive import diagonal_state_space_naive
-from mneme.ops.registry import Op
+from mneme.ops.registry import Draw, Op, drawn
 
 __all__ = ["OP", "diagonal_state_space", "diagonal_state_space_chunk", "diagonal_state_space_naive"]
 
 
+@drawn()
 def _inputs(
-    generator: torch.Generator,
-    batch: int,
-    length: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    regime: str = "typical",
-    channels: int = 256,
-    modes: int = 32,
+    draw: Draw, batch: int, length: int, regime: str, channels: int = 256, modes: int = 32
 ) -> dict[str, Any]:
     """Normal inputs, reads and start state, writes around 1, and the rates and steps of a regime.
 
     "typical" are the rates S4D-Lin, -1/2 + i pi n, and steps of 0.001 to 0.1. "fast" are real rates
     from -1 to -M at steps of 1 to 30: most of what is written is gone within a token.
     """
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    unit = torch.rand(channels, generator=generator, dtype=torch.float64)
+    unit = draw.uniform(channels)
     mode = torch.arange(modes, dtype=torch.float64)
     rate, step = {
         "typical": ((torch.full_like(mode, -0.5), math.pi * mode), 1e-3 * 100**unit),
         "fast": ((-1 - mode, torch.zeros_like(mode)), 30**unit),
     }[regime]
-    tensors = {
-        "x": normal(batch, length, channels),
+    return {
+        "x": draw.normal(batch, length, channels),
         "A": torch.stack(rate, -1).repeat(channels, 1, 1),
-        "B": 0.1 * normal(channels, modes, 2) + torch.tensor([1.0, 0.0]),
-        "C": normal(channels, modes, 2),
+        "B": 0.1 * draw.normal(channels, modes, 2) + torch.tensor([1.0, 0.0]),
+        "C": draw.normal(channels, modes, 2),
         "step": step,
+        "state": draw.normal(batch, channels, modes, 2),
     }
-    state = normal(batch, channels, modes, 2).to(torch.promote_types(dtype, torch.float32))
-    return {name: v.to(dtype) for name, v in tensors.items()} | {"state": state}
 
 
 def _flops(inputs: dict[str, Any], chunk: int = 64) -> float:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mneme.ops.gated_delta.chunk import (
@@ -12,7 +11,7 @@ from mneme.ops.gated_delta.chunk import (
     gated_delta_chunk,
 )
 from mneme.ops.gated_delta.naive import gated_delta_naive
-from mneme.ops.registry import Op
+from mneme.ops.registry import Draw, Op, drawn
 
 __all__ = [
     "OP",
@@ -24,25 +23,14 @@ __all__ = [
 ]
 
 
+@drawn()
 def _inputs(
-    generator: torch.Generator,
-    batch: int,
-    length: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    regime: str = "typical",
-    heads: int = 4,
-    key: int = 64,
-    value: int = 64,
+    draw: Draw, batch: int, length: int, regime: str, heads: int = 4, key: int = 64, value: int = 64
 ) -> dict[str, Any]:
     """Unit keys and queries, normal values, a random start state, and the gates of a regime."""
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
     def uniform(low: float, high: float) -> Tensor:
-        unit = torch.rand(batch, length, heads, generator=generator, dtype=torch.float64)
-        return low + (high - low) * unit
+        return low + (high - low) * draw.uniform(batch, length, heads)
 
     gates = {
         "typical": (uniform(-0.2, 0.0), uniform(0.0, 1.0)),
@@ -54,16 +42,14 @@ def _inputs(
         "beta_two": (uniform(-0.2, 0.0), uniform(2.0, 2.0)),
     }
     g, beta = gates[regime]
-    tensors = {
-        "q": torch.nn.functional.normalize(normal(batch, length, heads, key), dim=-1),
-        "k": torch.nn.functional.normalize(normal(batch, length, heads, key), dim=-1),
-        "v": normal(batch, length, heads, value),
+    return {
+        "q": draw.unit(batch, length, heads, key),
+        "k": draw.unit(batch, length, heads, key),
+        "v": draw.normal(batch, length, heads, value),
         "g": g,
         "beta": beta,
+        "state": draw.normal(batch, heads, key, value),
     }
-    state_dtype = torch.promote_types(dtype, torch.float32)
-    state = normal(batch, heads, key, value).to(state_dtype)
-    return {name: x.to(dtype) for name, x in tensors.items()} | {"state": state}
 
 
 def _flops(inputs: dict[str, Any], chunk: int = 64) -> float:

@@ -7,18 +7,17 @@ from torch import Tensor
 
 from mneme.ops.linear_attention.chunk import linear_attention, linear_attention_chunk, with_prefix
 from mneme.ops.linear_attention.naive import linear_attention_naive
-from mneme.ops.registry import Op
+from mneme.ops.registry import Draw, Op, drawn
 
 __all__ = ["OP", "linear_attention", "linear_attention_chunk", "linear_attention_naive"]
 
 
+@drawn()
 def _inputs(
-    generator: torch.Generator,
+    draw: Draw,
     batch: int,
     length: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    regime: str = "typical",
+    regime: str,
     heads: int = 4,
     key: int = 64,
     value: int = 64,
@@ -26,21 +25,20 @@ def _inputs(
 ) -> dict[str, Any]:
     """Features elu(x) + 1 of normal x, normal values, and a state that five tokens have left."""
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
     def features(tokens: int) -> Tensor:
-        return torch.nn.functional.elu(normal(batch, tokens, heads, key)) + 1
+        return torch.nn.functional.elu(draw.normal(batch, tokens, heads, key)) + 1
 
     def values(tokens: int) -> Tensor:
-        return normal(batch, tokens, heads, value)
+        return draw.normal(batch, tokens, heads, value)
 
-    names = {"q": features(length), "k": features(length), "v": values(length)}
-    inputs: dict[str, Any] = {name: x.to(dtype) for name, x in names.items()}
-    state = with_prefix(features(5), values(5), None)
-    inputs["state"] = tuple(x.to(torch.promote_types(dtype, torch.float32)) for x in state)
+    inputs: dict[str, Any] = {
+        "q": features(length),
+        "k": features(length),
+        "v": values(length),
+        "state": with_prefix(features(5), values(5), None),
+    }
     if regime == "prefix":
-        inputs["prefix"] = features(prefix).to(dtype), values(prefix).to(dtype)
+        inputs["prefix"] = features(prefix), values(prefix)
     return inputs
 
 

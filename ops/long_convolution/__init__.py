@@ -4,24 +4,17 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mneme.ops.long_convolution.blocks import long_convolution, long_convolution_blocks
 from mneme.ops.long_convolution.naive import long_convolution_naive
-from mneme.ops.registry import Op
+from mneme.ops.registry import Draw, Op, drawn
 
 __all__ = ["OP", "long_convolution", "long_convolution_blocks", "long_convolution_naive"]
 
 
+@drawn(exact="")
 def _inputs(
-    generator: torch.Generator,
-    batch: int,
-    length: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    regime: str = "typical",
-    channels: int = 256,
-    taps: int | None = None,
+    draw: Draw, batch: int, length: int, regime: str, channels: int = 256, taps: int | None = None
 ) -> dict[str, Any]:
     """Normal inputs, kernels of unit gain that fade, and as many earlier inputs as a regime says.
 
@@ -31,14 +24,10 @@ def _inputs(
     taps = {"one_tap": 1}.get(regime, taps or length)
     earlier = {"full": taps - 1}.get(regime, taps // 3)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
     fading = torch.exp(-3 * torch.arange(taps, dtype=torch.float64) / taps)
-    kernel = normal(channels, taps) * fading / fading.norm()
-    tensors = {"x": normal(batch, length, channels), "kernel": kernel}
-    tensors["state"] = normal(batch, earlier, channels)
-    return {name: v.to(dtype) for name, v in tensors.items()}
+    kernel = draw.normal(channels, taps) * fading / fading.norm()
+    x, state = draw.normal(batch, length, channels), draw.normal(batch, earlier, channels)
+    return {"x": x, "kernel": kernel, "state": state}
 
 
 def _flops(inputs: dict[str, Any]) -> float:

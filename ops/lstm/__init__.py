@@ -2,40 +2,26 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from mneme.ops.lstm.cell import lstm, lstm_scan
 from mneme.ops.lstm.naive import LSTMState, lstm_naive
-from mneme.ops.registry import Op
+from mneme.ops.registry import Draw, Op, drawn
 
 __all__ = ["OP", "LSTMState", "lstm", "lstm_naive", "lstm_scan"]
 
 
+@drawn()
 def _inputs(
-    generator: torch.Generator,
-    batch: int,
-    length: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    regime: str = "typical",
-    heads: int = 4,
-    width: int = 64,
+    draw: Draw, batch: int, length: int, regime: str, heads: int = 4, width: int = 64
 ) -> dict[str, Any]:
     """Normal inputs and biases, recurrent weights of gain 1; 20 times the inputs if "saturated"."""
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
     gain = {"typical": 1.0, "saturated": 20.0}[regime]
-    tensors = {
-        "wx": gain * normal(batch, length, 4, heads, width),
-        "r": normal(4, heads, width, width) * width**-0.5,
-        "b": normal(4, heads, width),
+    inputs = {
+        "wx": gain * draw.normal(batch, length, 4, heads, width),
+        "r": draw.normal(4, heads, width, width) * width**-0.5,
+        "b": draw.normal(4, heads, width),
     }
-    state_dtype = torch.promote_types(dtype, torch.float32)
-    h, c = (normal(batch, heads, width).to(state_dtype) for _ in range(2))
-    return {name: x.to(dtype) for name, x in tensors.items()} | {"state": LSTMState(h.tanh(), c)}
+    h, c = (draw.normal(batch, heads, width) for _ in range(2))
+    return {**inputs, "state": LSTMState(h.tanh(), c)}
 
 
 def _flops(inputs: dict[str, Any]) -> float:

@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mneme.ops.product_key.candidates import candidate_ranks, product_key_topk
-from mneme.ops.product_key.largest import largest
+from mneme.ops.product_key.candidates import candidate_ranks, largest, product_key_topk
 from mneme.ops.product_key.naive import product_key_topk_naive
-from mneme.ops.registry import Op
+from mneme.ops.registry import Draw, Op, drawn
 
 __all__ = [
     "OP",
@@ -25,25 +24,18 @@ _REGIMES: dict[str, dict[str, int]] = {
 }
 
 
+@drawn()
 def _inputs(
-    generator: torch.Generator,
-    batch: int,
-    length: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    regime: str = "typical",
-    heads: int = 4,
-    n: int = 1024,
-    k: int = 32,
+    draw: Draw, batch: int, length: int, regime: str, heads: int = 4, n: int = 1024, k: int = 32
 ) -> dict[str, Any]:
     """Scores in random order of which no two sums are equal, as ties are not defined.
 
     Those of the halves are multiples of n + 1 and of n, by factors below n.
     """
     n, k = _REGIMES[regime].get("n", n), _REGIMES[regime].get("k", k)
-    noise = torch.rand(batch, length, heads, 2, n, generator=generator, dtype=torch.float64)
+    noise = draw.uniform(batch, length, heads, 2, n)
     scores = noise.argsort(-1) * torch.tensor([[n + 1], [n]]) - n * n // 2
-    return {"scores": scores.to(dtype), "k": k}
+    return {"scores": scores, "k": k}
 
 
 def _flops(inputs: dict[str, Any]) -> float:

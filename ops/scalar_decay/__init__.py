@@ -3,54 +3,37 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mneme.ops.registry import Op
+from mneme.ops.registry import Draw, Op, drawn
 from mneme.ops.scalar_decay.chunk import scalar_decay, scalar_decay_chunk
 from mneme.ops.scalar_decay.naive import scalar_decay_naive
 
 __all__ = ["OP", "scalar_decay", "scalar_decay_chunk", "scalar_decay_naive"]
 
 
+@drawn()
 def _inputs(
-    generator: torch.Generator,
-    batch: int,
-    length: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    regime: str = "typical",
-    heads: int = 4,
-    key: int = 64,
-    value: int = 64,
+    draw: Draw, batch: int, length: int, regime: str, heads: int = 4, key: int = 64, value: int = 64
 ) -> dict[str, Any]:
     """Unit keys and queries, normal values, a random start state, and the decays of a regime.
 
     In "grouped", pairs of heads share their queries and keys.
     """
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def unit(*shape: int) -> Tensor:
-        return torch.nn.functional.normalize(normal(*shape), dim=-1)
-
     groups = heads // 2 if regime == "grouped" else heads
-    random = torch.rand(batch, length, heads, generator=generator, dtype=torch.float64)
+    random = draw.uniform(batch, length, heads)
     mild = -0.2 * random
     decays = {
         "no_decay": None,
         "strong_decay": torch.full_like(random, -20.0),
         "mixed_decay": (-4.0 * random) ** 3,
     }
-    tensors = {
-        "q": unit(batch, length, groups, key),
-        "k": unit(batch, length, groups, key),
-        "v": normal(batch, length, heads, value),
+    return {
+        "q": draw.unit(batch, length, groups, key),
+        "k": draw.unit(batch, length, groups, key),
+        "v": draw.normal(batch, length, heads, value),
         "g": decays.get(regime, mild),
+        "state": draw.normal(batch, heads, key, value),
     }
-    state = normal(batch, heads, key, value).to(torch.promote_types(dtype, torch.float32))
-    cast = {name: x if x is None else x.to(dtype) for name, x in tensors.items()}
-    return {**cast, "state": state}
 
 
 def _flops(inputs: dict[str, Any], chunk: int = 64) -> float:

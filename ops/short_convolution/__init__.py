@@ -2,36 +2,24 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from mneme.ops.registry import Op
+from mneme.ops.registry import Draw, Op, drawn
 from mneme.ops.short_convolution.naive import short_convolution_naive
 from mneme.ops.short_convolution.taps import short_convolution
 
 __all__ = ["OP", "short_convolution", "short_convolution_naive"]
 
 
+@drawn(exact="")
 def _inputs(
-    generator: torch.Generator,
-    batch: int,
-    length: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    regime: str = "typical",
-    channels: int = 256,
-    width: int = 4,
+    draw: Draw, batch: int, length: int, regime: str, channels: int = 256, width: int = 4
 ) -> dict[str, Any]:
     """Normal inputs and state, filters of unit gain; "single_tap" is a filter of width 1."""
     width = 1 if regime == "single_tap" else width
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
     return {
-        "x": normal(batch, length, channels),
-        "weight": normal(channels, width) * width**-0.5,
-        "state": normal(batch, width - 1, channels),
+        "x": draw.normal(batch, length, channels),
+        "weight": draw.normal(channels, width) * width**-0.5,
+        "state": draw.normal(batch, width - 1, channels),
     }
 
 

@@ -3,32 +3,24 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mneme.ops.lstm import OP as LSTM
-from mneme.ops.registry import Op
+from mneme.ops.registry import Draw, Op, drawn
 from mneme.ops.slstm.cell import slstm, slstm_scan
 from mneme.ops.slstm.naive import SLSTMState, slstm_naive
 
 __all__ = ["OP", "SLSTMState", "slstm", "slstm_naive", "slstm_scan"]
 
 
+@drawn()
 def _inputs(
-    generator: torch.Generator,
-    batch: int,
-    length: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    regime: str = "typical",
-    heads: int = 4,
-    width: int = 64,
+    draw: Draw, batch: int, length: int, regime: str, heads: int = 4, width: int = 64
 ) -> dict[str, Any]:
     """Inputs of the LSTM in the same regime, and a state as tokens leave it: |c| <= n, n >= 1."""
-    sizes = {"heads": heads, "width": width}
-    inputs = LSTM.inputs(generator, batch, length, dtype=dtype, regime=regime, **sizes)
+    options = {"dtype": torch.float64, "regime": regime, "heads": heads, "width": width}
+    inputs = LSTM.inputs(draw.generator, batch, length, **options)
     h, c = inputs["state"]
-    n = 1 + torch.rand(h.shape, generator=generator, dtype=torch.float64).to(h.dtype)
-    m = torch.randn(h.shape, generator=generator, dtype=torch.float64).to(h.dtype)
+    n, m = 1 + draw.uniform(*h.shape), draw.normal(*h.shape)
     return inputs | {"state": SLSTMState(h, c.tanh() * n, n, m)}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mneme.ops.registry import Op
+from mneme.ops.registry import Draw, Op, drawn
 from mneme.ops.table_read.naive import dot_rows_naive, sum_rows_naive
 from mneme.ops.table_read.read import dot_rows, sum_rows
 
@@ -36,35 +36,31 @@ def _both(table: Tensor, lookups: Lookups, weights: Tensor, x: Tensor) -> tuple[
     return sum_rows(table, rows, weights), dot_rows(table, rows, x)
 
 
+@drawn()
 def _inputs(
-    generator: torch.Generator,
+    draw: Draw,
     batch: int,
     length: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    regime: str = "typical",
+    regime: str,
     width: int = 256,
     lookups: int = 32,
     rows: int = 4096,
 ) -> dict[str, Any]:
-    """Normal numbers; "one_row" looks the same row up always, "all_unique" none of them twice."""
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
+    """Normal draws; "one_row" looks the same row up always, "all_unique" none of them twice."""
     shape = (batch, length, lookups)
     if regime == "one_row":
         index = torch.full(shape, rows // 2)
     elif regime == "all_unique":
-        rows = max(rows, batch * length * lookups)
-        index = torch.randperm(rows, generator=generator)[: batch * length * lookups].view(shape)
+        count = batch * length * lookups
+        rows = max(rows, count)
+        index = torch.randperm(rows, generator=draw.generator)[:count].view(shape)
     else:
-        index = torch.randint(rows, shape, generator=generator)
+        index = torch.randint(rows, shape, generator=draw.generator)
     return {
-        "table": normal(rows, width),
+        "table": draw.normal(rows, width),
         "lookups": Lookups(index),
-        "weights": normal(*shape),
-        "x": normal(batch, length, width),
+        "weights": draw.normal(*shape),
+        "x": draw.normal(batch, length, width),
     }
 
 

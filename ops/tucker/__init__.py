@@ -2,10 +2,7 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from mneme.ops.registry import Op
+from mneme.ops.registry import Draw, Op, drawn
 from mneme.ops.tucker.leading import Leading, leading_vectors, tail_penalty
 from mneme.ops.tucker.naive import tucker_topk_naive
 from mneme.ops.tucker.survivors import tucker_topk
@@ -26,29 +23,24 @@ _REGIMES: dict[str, dict[str, int]] = {
 }
 
 
+@drawn()
 def _inputs(
-    generator: torch.Generator,
+    draw: Draw,
     batch: int,
     length: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    regime: str = "typical",
+    regime: str,
     heads: int = 1,
     n: int = 360,
     rank: int = 2,
     cores: int = 2,
     k: int = 32,
 ) -> dict[str, Any]:
-    """Normal scores, uniform cores as UltraMem starts with, and the numbers kept in a regime."""
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    core = torch.rand(cores, rank, rank, generator=generator, dtype=torch.float64)
+    """Normal scores, uniform cores as UltraMem starts with, and how many a regime keeps."""
+    core = draw.uniform(cores, rank, rank)
     return {
-        "rows": normal(batch, length, heads, n, rank),
-        "columns": normal(batch, length, heads, n, rank),
-        "cores": core.to(dtype),
+        "rows": draw.normal(batch, length, heads, n, rank),
+        "columns": draw.normal(batch, length, heads, n, rank),
+        "cores": core,
         "k": k,
         **_REGIMES[regime],
     }

@@ -77,7 +77,7 @@ def test_a_unit_needs_something_to_read():
 def saved_by_hand(memory, t):
     """What the rule reads, token by token, before norm, gate and output projection."""
     qkv, raw = memory.in_proj(t).tensor_split([sum(memory.widths)], dim=-1)
-    q, k, v, g, beta, _ = memory.operands(memory.conv(qkv).y, raw, None)
+    q, k, v, g, beta = memory.operands(memory.conv(qkv).y, raw, None)
     return gated_delta_naive(q, k, v, g, beta)[0].flatten(-2)
 
 

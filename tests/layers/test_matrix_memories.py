@@ -65,7 +65,8 @@ def test_masked_tokens_leave_the_memory_as_it_is_and_read_it(name, example):
     operands = operands.masked(torch.zeros(x.shape[:2], dtype=torch.bool))
     y, after = net.rule(operands, memory)
     assert_states_close(after, memory, 0.0)
-    assert_close(y, net.read(operands.q, memory), "read")
+    skip = net.D[:, None] * operands.v if name == "Mamba2" else 0.0  # beside what it reads
+    assert_close(y - skip, net.read(operands.q, memory), "read")
 
 
 @every_matrix_memory

@@ -35,7 +35,7 @@ def test_pieces_report_what_the_whole_reports(model):
         "blocks.0.parts.0.parts.0", "blocks.1.parts.0.parts.0.memory"
     ]  # fmt: skip
     for layer, named in whole.items():
-        assert set(named) == {"surprise", "step", "forget", "momentum", "memory_norm"}
+        assert set(named) == {"surprise", "inner_lr", "forget", "momentum", "memory_norm"}
         for name, value in named.items():
             assert value.shape == (3, sum(CUTS), 2)
             if name != "memory_norm":
