@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from mneme.harness.config.check import Config, ConfigError
 from mneme.harness.config.compose import Composed
-from mneme.harness.config.schema import check_config, options
+from mneme.harness.config.schema import check_config, run_options
 from mneme.harness.run.checkpoints import check_router, check_same_run, read_checkpoint
 from mneme.harness.run.console import baseline_line, say
 from mneme.harness.run.metrics_file import read_metrics
@@ -38,10 +38,10 @@ def start_run(composed: Composed) -> tuple[RunDirectory, dict[str, Any]]:
     Returns:
         The run directory and the summary.
     """
-    chosen = options(composed.config)
-    refuse_occupied(chosen.run_dir)
+    options = run_options(composed.config)
+    refuse_occupied(options.run_dir)
     prepared = prepare(composed.config)
-    run = new_run_directory(chosen.run_dir, composed.choices, chosen.seed)
+    run = new_run_directory(options.run_dir, composed.choices, options.seed)
     with alone(run.path):
         refuse_occupied(str(run.path))  # once more, now that no other process can take it
         return run, _start(run, composed, prepared)
@@ -70,7 +70,7 @@ def start_job(composed: Composed) -> None:
         if rank() == 0 and _begun(Path(path), composed.config):
             _go_on(Path(path), overrides)
             return
-        run = new_run_directory(path, composed.choices, options(composed.config).seed)
+        run = new_run_directory(path, composed.choices, run_options(composed.config).seed)
         with alone(run.path):
             refuse_occupied(path)
             _start_job(run, composed, overrides)
@@ -137,7 +137,7 @@ def resume_run(where: str, others: Sequence[str] = ()) -> None:
 
 def _check_resumable(path: Path, prepared: Prepared) -> None:
     checkpoint = read_checkpoint(path, mapped=True)
-    check_router(checkpoint, prepared.task)
+    check_router(checkpoint, prepared.task, prepared.model)
     problems = resume_problems(checkpoint, prepared.config, prepared.model, prepared.task)
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
