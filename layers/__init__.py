@@ -15,9 +15,7 @@ from mneme.layers.bank.memory_bank import (
     BankOptions,
     BankReader,
     BankShape,
-    Fetched,
     MemoryBank,
-    bind_bank,
 )
 from mneme.layers.combinators import Parallel, Residual, Sequential
 from mneme.layers.feed_forward import MLP, SwiGLU
@@ -36,6 +34,16 @@ from mneme.layers.matrix.mixture_of_memories import MixtureOfMemories, MixtureSt
 from mneme.layers.matrix.prefix_linear_attention import PrefixLinearAttention
 from mneme.layers.matrix.retention import Retention
 from mneme.layers.parts.rotary import RopeScaling
+from mneme.layers.parts.shared import (
+    NO_ROUTE,
+    Fetched,
+    RoutedPart,
+    SharedPart,
+    bind_part,
+    bind_shared_parts,
+    own_part,
+    shared_places,
+)
 from mneme.layers.parts.short_convolution import ShortConvolution
 from mneme.layers.parts.telemetry import Record, observe, observing, recording
 from mneme.layers.protocol import (
@@ -72,7 +80,7 @@ from mneme.layers.sparse.mixture_of_experts import MixtureOfExperts
 from mneme.layers.sparse.peer import PEER
 from mneme.layers.sparse.product_key_memory import ProductKeyMemory
 from mneme.layers.sparse.stored_table import StoredTable, replace_tables, store_tables
-from mneme.layers.sparse.table import TableOptions, bind_shared_tables
+from mneme.layers.sparse.table import TableOptions
 from mneme.layers.sparse.ultra_mem import UltraMem, UltraMemV2
 from mneme.layers.sparse.ultra_mem_keys import TuckerScores
 from mneme.layers.sparse.usage import Usage, UsageMeter, metering, reads_tables, with_shared_tables

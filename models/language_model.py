@@ -10,26 +10,25 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mneme.layers import (
-    Bank,
     Fetched,
-    HierarchicalFFN,
     Layer,
     LayerFactory,
     LayerList,
-    MemoryBank,
     Output,
     Residual,
+    RoutedPart,
     Sequential,
+    SharedPart,
     State,
-    bind_bank,
-    bind_shared_tables,
+    bind_part,
+    bind_shared_parts,
     join_aux,
+    own_part,
+    shared_places,
     start_state,
 )
-from mneme.layers.bank.hierarchical_ffn import shape_of
 from mneme.layers.parts.norm import RMSNorm
 from mneme.layers.protocol import require_at_least
-from mneme.layers.sparse.table import NamedTables
 from mneme.layers.state_fit import Stateful
 
 MOST_LAYERS = 10_000  # ten times the deepest that are known; a million would build for hours
@@ -44,15 +43,18 @@ class LanguageModel(Stateful):
     obeys the split rule of its layers: feeding a sequence in pieces with the state carried gives
     the logits of feeding it whole.
 
-    Tables that layers share by name belong to the model: `tables` holds each once. So does the
-    memory bank that its `HierarchicalFFN` layers read: `bank`, None if there are none.
+    Parts that layers share belong to the model, under the name that the layers give them
+    (`mneme.layers.parts.shared`): tables as `tables.NAME`, a memory bank as `bank`.
+
+    Attributes:
+        shared: their names.
 
     Args:
         d_model: width D of the residual stream.
         vocab_size: tokens V.
         n_layers: blocks.
-        pattern: recipes of the layers of each block; None entries are left out.
-        tie_embeddings: use the embedding as the output map; default True.
+        pattern: factories of the layers of each block; None entries are left out.
+        tie_embeddings: use the embedding's weight as the head's; default True.
         dropout: probability of dropping elements after the embedding and each layer; default 0.
         checkpoint_blocks: recompute each block in backward instead of keeping what is inside;
             default False.
@@ -63,7 +65,7 @@ class LanguageModel(Stateful):
 
     Raises:
         ValueError: the pattern holds no layer, a size is out of its range, or layers that share a
-            table or the bank ask for different ones.
+            part ask for different ones.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class LanguageModel(Stateful):
         require_at_least(1, d_model=d_model, vocab_size=vocab_size)
         if n_layers > MOST_LAYERS:
             raise ValueError(f"n_layers must be {MOST_LAYERS:,} or less, got {n_layers:,}")
-        blocks = [[recipe for recipe in block if recipe is not None] for block in pattern]
+        blocks = [[layer for layer in block if layer is not None] for block in pattern]
         if n_layers < 1 or not any(blocks):
             raise ValueError(
                 f"a model needs layers; got n_layers={n_layers} and {len(pattern)} blocks with "
@@ -93,9 +95,10 @@ class LanguageModel(Stateful):
         self.blocks = LayerList(
             _block(d_model, blocks[i % len(blocks)], dropout) for i in range(n_layers)
         )
-        self.tables = NamedTables(bind_shared_tables(self.blocks))
-        self.bank: Bank | None = None
-        self._make_bank(d_model)
+        shared = bind_shared_parts(self.blocks, self._make_part)
+        self.shared = tuple(shared)
+        for name, part in shared.items():
+            own_part(self, name, part)
         self.norm = RMSNorm(d_model)
         self.head = None if tie_embeddings else nn.Linear(d_model, vocab_size, bias=False)
         self._init_weights()
@@ -128,9 +131,9 @@ class LanguageModel(Stateful):
 
         Args:
             batch_size: B.
-            route: a leaf of the bank's tree for each sequence, whose blocks are fetched once for
-                all layers; -1, or no route at all, fetches the generic block. A model without a
-                bank has no use for it.
+            route: a leaf for each sequence, or `NO_ROUTE`. What lies on the way to it is fetched
+                once for all layers, of every `RoutedPart` of the model; one without any has no use
+                for routes. None where no route is known.
 
         Raises:
             ValueError: there are more or fewer routes than sequences, or one leads nowhere.
@@ -138,26 +141,35 @@ class LanguageModel(Stateful):
         if route is not None and len(route) != batch_size:
             raise ValueError(f"{len(route)} routes were given for {batch_size} sequences")
         fetched = None
-        if self.bank is not None and route is not None:
-            fetched = Fetched(self.bank.fetch(route))
+        if route is not None:
+            fetched = Fetched({name: part.fetch(route) for name, part in self.routed.items()})
         return tuple(start_state(block, batch_size, fetched) for block in self.blocks)
 
     def state_spec(self) -> State:
         """What fits each block."""
         return tuple(self.blocks)
 
-    def use_bank(self, bank: Bank) -> None:
-        """Reads another bank from now on, such as one that lies on disk (`mneme.models.bank`).
+    @property
+    def routed(self) -> dict[str, RoutedPart]:
+        """The shared parts that routes lead to, by name."""
+        parts = {name: self.get_submodule(name) for name in self.shared}
+        return {name: part for name, part in parts.items() if isinstance(part, RoutedPart)}
+
+    def use_part(self, name: str, part: nn.Module) -> None:
+        """Reads another shared part from now on, such as a bank on disk (`mneme.models.bank`).
+
+        Args:
+            name: of the part that it replaces.
+            part: of the same sizes.
 
         Raises:
-            ValueError: the model has no bank, or this one has other sizes.
+            ValueError: the model has no part of this name, or this one does not fit.
         """
-        if self.bank is None:
-            raise ValueError("no layer of this model reads a bank; one with ffn=bank does")
-        if bank.shape != self.bank.shape:
-            raise ValueError(f"the model reads a bank of {self.bank.shape}; this is {bank.shape}")
-        self.bank = bank
-        bind_bank([layer.reader for layer in self._readers()], bank)
+        if name not in self.shared:
+            known = ", ".join(self.shared) or "none"
+            raise ValueError(f"layers of this model share no part {name!r} (shared: {known})")
+        bind_part(part, shared_places(self.blocks)[name])
+        own_part(self, name, part)
 
     def state_size(self, seq_len: int) -> int:
         """Scalars of state per sequence after `seq_len` tokens, over all layers."""
@@ -170,15 +182,9 @@ class LanguageModel(Stateful):
         own = embedding.numel() + sum(p.numel() for p in ends)
         return own + sum(block.active_parameters() for block in self.blocks)
 
-    def _readers(self) -> list[HierarchicalFFN]:
-        return [layer for layer in self.blocks.modules() if isinstance(layer, HierarchicalFFN)]
-
-    def _make_bank(self, d_model: int) -> None:
-        """One bank for all layers that read one."""
-        readers = self._readers()
-        if readers:
-            self.bank = MemoryBank(shape_of(readers), d_model, readers[0].options)
-            bind_bank([layer.reader for layer in readers], self.bank)
+    def _make_part(self, places: Sequence[SharedPart]) -> nn.Module:
+        """The part that these places share."""
+        return places[0].make(places)
 
     def _through(self, block: Layer, x: Tensor, state: State, keep_state: bool) -> Output:
         if self.checkpoint_blocks and self.training and torch.is_grad_enabled():

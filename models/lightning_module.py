@@ -1,7 +1,6 @@
 """Training and validation of a language model on a task, for Lightning's Trainer."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from mneme.layers import GENERIC, State, Usage, UsageMeter, is_loss, metering, with_shared_tables
+from mneme.layers import State, is_loss
 from mneme.models.diagnosis import NonFiniteError, first_nonfinite, nonfinite_gradients
 from mneme.models.language_model import LanguageModel
 from mneme.models.optim import (
@@ -23,6 +22,7 @@ from mneme.models.optim import (
 )
 from mneme.models.schedules import Schedule
 from mneme.tasks.base import IGNORE, Batch
+from mneme.tasks.batch import NO_ROUTE
 from mneme.tasks.metrics import Metrics
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -41,7 +41,9 @@ class SequenceModule(LightningModule):
         metrics: makes an empty accumulator of the task's metrics.
         log_every: updates between two logged rows.
         seed: of dropout and whatever else draws in training.
-        usage: log at each validation how evenly layers use the rows of their tables.
+
+    Attributes:
+        figures: what callbacks add to the row of the validation that they have followed.
 
     Raises:
         NonFiniteError: in training, when a loss or a gradient stops being finite.
@@ -56,7 +58,6 @@ class SequenceModule(LightningModule):
         metrics: Callable[[], Metrics],
         log_every: int = 10,
         seed: int = 0,
-        usage: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -65,8 +66,8 @@ class SequenceModule(LightningModule):
         self.metrics_factory = metrics
         self.log_every = log_every
         self.seed = seed
-        self.usage = UsageMeter() if usage else None
         self.metrics = metrics()
+        self.figures: dict[str, float] = {}
         self._pending: list[dict[str, Tensor]] = []  # losses since the last update
         self.latest_loss: Tensor | None = None  # for a progress bar
         self.tokens = 0  # read in training, by all processes, since the run began
@@ -142,15 +143,10 @@ class SequenceModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Starts counting afresh."""
         self.metrics = self.metrics_factory()
-        if self.usage is not None:
-            self.usage = UsageMeter()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Counts one batch."""
-        if self.usage is not None:  # `mneme.tasks.batch.deal` repeats a batch, unscored
-            self.usage.counting = bool((batch.targets != IGNORE).any())
-        with nullcontext() if self.usage is None else metering(self.usage):
-            logits = self.model(batch.inputs, state_before(self.model, batch), keep_state=False).y
+        logits = self.model(batch.inputs, state_before(self.model, batch), keep_state=False).y
         self.metrics.update(logits, batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -159,20 +155,8 @@ class SequenceModule(LightningModule):
         self.metrics.load_sum(self.trainer.strategy.reduce(counts, reduce_op="sum"))
         values = {f"val/{name}": value for name, value in self.metrics.compute().items()}
         self.log_dict(values, logger=False, rank_zero_only=True)
-        self._write(values | self._usage(), self.global_step)
-
-    def _usage(self) -> dict[str, float]:
-        """The use of tables in this validation, over all ranks."""
-        used = {} if self.usage is None else self.usage.by_layer(self.model)
-        for layer, usage in used.items():
-            sums = torch.cat([usage.totals.flatten(), torch.tensor([float(usage.tokens)])])
-            sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").cpu()
-            used[layer] = Usage(sums[:-1].view_as(usage.totals), int(sums[-1]))
-        return {
-            f"usage/{place}/{name}": value
-            for place, usage in with_shared_tables(self.model, used).items()
-            for name, value in usage.metrics().items()
-        }
+        self._write(values | self.figures, self.global_step)
+        self.figures = {}
 
     def _log_update(self, norms: dict[str | None, Tensor], lr: float) -> None:
         """Writes the row of the update that is about to be made, numbered from 1.
@@ -201,16 +185,16 @@ class SequenceModule(LightningModule):
 
 
 def state_before(model: LanguageModel, batch: Batch) -> State:
-    """The start of each sequence, with the blocks of its route, if it has one and the model a bank.
+    """The start of each sequence, with what its route leads to; None where the model has no routes.
 
-    In training, a bank gives some sequences its generic block instead (`MemoryBank`), and all where
-    the task has no routes: its tables then have a part in the loss, as processes that average
-    gradients expect of all parameters.
+    In training, a model that can follow routes is given `NO_ROUTE` by a task that has none: what it
+    fetches then has a part in the loss, as processes that average gradients expect of all
+    parameters.
     """
-    if model.bank is None or (batch.route is None and not model.training):
+    if not model.routed or (batch.route is None and not model.training):
         return None
     device, count = next(model.parameters()).device, len(batch.inputs)
-    route = torch.full((count,), GENERIC) if batch.route is None else batch.route
+    route = torch.full((count,), NO_ROUTE) if batch.route is None else batch.route
     return model.init_state(count, route.to(device))
 
 

@@ -22,10 +22,9 @@ from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor
 
 from mneme.harness.cli import report_errors, whole_number
-from mneme.harness.config.build import build
-from mneme.harness.config.check import TARGET, Config
+from mneme.harness.config.build import TARGET, build, resolve_target
+from mneme.harness.config.check import Config
 from mneme.harness.config.schema import check_config
-from mneme.harness.config.targets import resolve_target
 from mneme.harness.evaluate.evaluation import check_fit, restore_model
 from mneme.harness.run.checkpoints import (
     checkpoint_config,
@@ -163,7 +162,7 @@ def run(arguments: Sequence[str]) -> None:
     check_config(config)
     task = _task(config)
     model = restore_model(config, checkpoint)
-    if model.bank is None:
+    if "bank" not in model.routed:
         raise RunError(f"{directory.path}: no layer of this model reads a memory bank")
     check_fit(checkpoint_vocabulary(checkpoint), model, task)
     found = measure(

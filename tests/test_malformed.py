@@ -22,7 +22,8 @@ import yaml
 
 import train
 from mneme.harness.cli import report_errors
-from mneme.harness.config.check import TARGET, Config
+from mneme.harness.config.build import TARGET
+from mneme.harness.config.check import Config
 from mneme.harness.config.compose import Composed, compose_checked
 from mneme.harness.config.schema import check_config
 from mneme.harness.evaluate.eval_command import evaluate_command

@@ -11,18 +11,20 @@ from typing import Any, get_args
 
 from torch.optim import Optimizer
 
-from mneme.harness.config.signatures import (
+from mneme.harness.config.build import (
+    TARGET,
     Signature,
+    TargetError,
     accepts,
     element_of,
     public_name,
     readable,
+    resolve_target,
     signature_of,
+    suggest,
 )
-from mneme.harness.config.targets import TargetError, resolve_target, suggest
 from mneme.layers import Layer
 
-TARGET = "_target_"
 MISSING = "???"  # how a config marks a value that the user has to give
 
 Config = dict[str, Any]

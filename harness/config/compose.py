@@ -28,9 +28,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mneme.harness.config.build import suggest
 from mneme.harness.config.check import MISSING, Config, ConfigError
 from mneme.harness.config.schema import GROUPS, check_config, check_options
-from mneme.harness.config.targets import suggest
 from mneme.harness.run.run_directory import (
     SWEEP,
     RunError,

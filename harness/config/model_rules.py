@@ -8,11 +8,9 @@ import torch
 from mneme.harness.config.build import build
 from mneme.harness.config.check import Config, ConfigError
 from mneme.harness.config.schema import Options
-from mneme.layers import reads_tables
+from mneme.layers import RoutedPart
 from mneme.models import LanguageModel
 from mneme.tasks.base import Task
-
-NO_TABLE = "usage: no layer of this model reads a table; one with ffn=pkm does"
 
 
 def check_size(config: Config, task: Task) -> None:
@@ -64,34 +62,41 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:,.1f} GiB"
 
 
-def check_model(model: LanguageModel, task: Task, chosen: Options) -> None:
-    """Checks that a model has what it is asked for.
+def check_model(model: LanguageModel, task: Task, options: Options) -> None:
+    """Checks that a model has what the options and the task's routes are about.
 
     Raises:
         ConfigError: with every problem found.
     """
-    problems = [*_missing(model, chosen), *_other_leaves(model, task)]
+    problems = [*_train_only(model, options.train_only), *_routes(model, task)]
     if problems:
         raise ConfigError(problems)
 
 
-def _missing(model: LanguageModel, chosen: Options) -> Iterator[str]:
-    """Options about what the model does not have."""
-    if chosen.usage and not reads_tables(model):
-        yield NO_TABLE
-    for option in ("train_only", "save_bank_every"):
-        if getattr(chosen, option) is not None and model.bank is None:
-            yield f"{option}: no layer of this model reads a memory bank; one with ffn=bank does"
-
-
-def _other_leaves(model: LanguageModel, task: Task) -> Iterator[str]:
-    """Routes that are not the leaves of the model's bank."""
-    if model.bank is None or task.leaves in (None, model.bank.shape.leaves):
+def _train_only(model: LanguageModel, name: str | None) -> Iterator[str]:
+    """A part of the model that is not there, or has nothing to train."""
+    if name is None:
         return
-    shape = model.bank.shape
-    yield (
-        f"task: routes of {task.name!r} lead to {task.leaves} leaves, and the model's bank has "
-        f"{shape.leaves}, {shape.branching} children at each of {shape.depth} levels; set "
-        "task.routing.branching and task.routing.depth, or ffn.bank.branching and, a number for "
-        "each level, ffn.bank.hidden"
-    )
+    parts = {
+        part for part, module in model.named_modules() if any(True for _ in module.parameters())
+    }
+    if name not in parts - {""}:
+        own = sorted(part for part in parts if part and "." not in part)
+        yield f"train_only: the model has no part {name!r} to train (parts: {', '.join(own)})"
+
+
+def _routes(model: LanguageModel, task: Task) -> Iterator[str]:
+    """Routes that do not end at the leaves of what they lead to."""
+    for name, part in other_leaves(model, task):
+        yield (
+            f"task: routes of {task.name!r} lead to {task.leaves} leaves, and the model's {name} "
+            f"has {part.tree}; set task.routing.branching and task.routing.depth, or those of the "
+            f"{name}"
+        )
+
+
+def other_leaves(model: LanguageModel, task: Task) -> Iterator[tuple[str, RoutedPart]]:
+    """The parts of a model, by name, that routes of a task do not fit."""
+    for name, part in model.routed.items():
+        if task.leaves not in (None, part.leaves):
+            yield name, part

@@ -2,21 +2,13 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch.optim import Optimizer
 
-from mneme.harness.config.check import (
-    MISSING,
-    TARGET,
-    Config,
-    ConfigError,
-    check_target,
-    check_value,
-)
-from mneme.harness.config.signatures import readable, signature_of
-from mneme.harness.config.targets import resolve_target, suggest
-from mneme.harness.config.trainer_rules import check_trainer
+from mneme.harness.config.build import TARGET, readable, resolve_target, signature_of, suggest
+from mneme.harness.config.check import MISSING, Config, ConfigError, check_target, check_value
+from mneme.harness.config.renames import MOVED
 from mneme.harness.loggers import Dashboard
 from mneme.layers import Layer
 from mneme.models import LanguageModel, Schedule
@@ -31,11 +23,13 @@ class Group:
         kind: the class, or the classes, that it must build.
         given: options of that class that the program supplies.
         optional: whether the group may be null.
+        several: whether it describes any number of them, each under a name.
     """
 
     kind: type | str
     given: tuple[str, ...] = ()
     optional: bool = False
+    several: bool = False
 
 
 GROUPS = {
@@ -50,6 +44,7 @@ GROUPS = {
         given=("callbacks", "default_root_dir", "enable_checkpointing", "logger", "plugins"),
     ),
     "logger": Group(Dashboard, optional=True),
+    "callbacks": Group("mneme.harness.run.callbacks.RunCallback", optional=True, several=True),
 }
 
 
@@ -63,12 +58,10 @@ class Options:
         label: of the run's row in a table; it changes no result.
         compile: run the model through torch.compile.
         checkpoint_every: updates between two writes of `last.ckpt`.
-        usage: measure at each validation how evenly layers use the rows of their tables.
         init_from: a run directory, for its best checkpoint, or a checkpoint, whose weights the
             model starts with; a memory bank may be new. None for the model's own initialization.
-        train_only: "bank" freezes all but the memory bank; None trains everything.
-        save_bank_every: updates between two writes of the memory bank's files; None writes them
-            when training ends.
+        train_only: a part of the model, by its dotted name, such as "bank"; all others are frozen.
+            None trains everything.
     """
 
     seed: int = 0
@@ -76,19 +69,16 @@ class Options:
     label: str | None = None
     compile: bool = False
     checkpoint_every: int = 100
-    usage: bool = False
     init_from: str | None = None
-    train_only: Literal["bank"] | None = None
-    save_bank_every: int | None = None
+    train_only: str | None = None
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        least = {"seed": 0, "checkpoint_every": 1, "save_bank_every": 1}
-        given = {name: getattr(self, name) for name in least}
+        least = {"seed": 0, "checkpoint_every": 1}
         problems = [
-            f"{name} ({value}) must be {least[name]} or more"
-            for name, value in given.items()
-            if value is not None and value < least[name]
+            f"{name} ({getattr(self, name)}) must be {minimum} or more"
+            for name, minimum in least.items()
+            if getattr(self, name) < minimum
         ]
         if self.run_dir is not None and not self.run_dir.strip():
             problems.append("run_dir: expected the path of a directory, got none; null names one")
@@ -118,7 +108,7 @@ def check_config(
     problems = list(_problems(config, config if raw is None else raw, as_shipped, wrong))
     if problems:
         raise ConfigError(problems)
-    options(config)  # which checks their ranges
+    run_options(config)  # which checks their ranges
 
 
 def check_options(values: Mapping[str, Any], schema: type) -> None:
@@ -133,7 +123,7 @@ def check_options(values: Mapping[str, Any], schema: type) -> None:
         raise ConfigError(problems)
 
 
-def options(config: Config) -> Options:
+def run_options(config: Config) -> Options:
     """The scalars of a checked config."""
     return Options(**{key: config[key] for key in signature_of(Options).types if key in config})
 
@@ -154,7 +144,7 @@ def _problems(
             problems = list(_check_scalar(key, config[key], scalars, GROUPS, inside))
         wrong |= bool(problems)
         yield from problems
-    yield from check_trainer(config.get("trainer"))
+    yield from _check_trainer(config.get("trainer"))
     for key, group in GROUPS.items():
         if key not in config and not group.optional:
             yield f"{key}: this group is missing"
@@ -167,7 +157,9 @@ def _check_scalar(
     groups: Collection[str] = (),
     inside: Collection[str] = (),
 ) -> Iterator[str]:
-    if key not in types:
+    if key not in types and groups and key in MOVED:
+        yield f"{key}: this option is {MOVED[key]} now"
+    elif key not in types:
         known = [*groups, *types]
         near = f"; there is {' and '.join(inside)}" if inside else suggest(key, known)
         yield f"{key}: there is no such option{near} (options: {', '.join(known)})"
@@ -179,8 +171,73 @@ def _check_scalar(
 
 def _check_group(key: str, value: Any, raw: Any) -> Iterator[str]:
     group = GROUPS[key]
-    if isinstance(value, Mapping) and TARGET in value:
-        kind = resolve_target(group.kind) if isinstance(group.kind, str) else group.kind
-        yield from check_target(value, key, group.given, raw, kind)
-    elif value is not None or not group.optional:
-        yield f"{key}: expected a group with a {TARGET}, got {value!r}"
+    kind = resolve_target(group.kind) if isinstance(group.kind, str) else group.kind
+    nodes = {key: (value, raw)}
+    if group.several and isinstance(value, Mapping) and TARGET not in value:
+        raw = raw if isinstance(raw, Mapping) else value
+        nodes = {f"{key}.{name}": (inner, raw.get(name)) for name, inner in value.items()}
+    for place, (node, unresolved) in nodes.items():
+        if isinstance(node, Mapping) and TARGET in node:
+            yield from check_target(node, place, group.given, unresolved, kind)
+        elif node is not None or not group.optional:
+            yield f"{place}: expected a group with a {TARGET}, got {node!r}"
+
+
+# A run is measured in updates and batches: its data have no end, so there are no epochs.
+_NO_EPOCHS = "data have no end, so there are no epochs; leave it out and set max_steps"
+REFUSED_TRAINER_OPTIONS = {
+    "max_epochs": _NO_EPOCHS,
+    "min_epochs": _NO_EPOCHS,
+    "min_steps": _NO_EPOCHS,
+    "check_val_every_n_epoch": _NO_EPOCHS,
+    "limit_train_batches": _NO_EPOCHS,
+    "overfit_batches": _NO_EPOCHS,
+    "fast_dev_run": "it leaves no run behind; set max_steps to a few instead",
+    "profiler": "it would write outside of the run directory, or nowhere; profile the program "
+    "from outside, for example by `py-spy record -- python train.py ...`",
+    "max_time": "stop the run with SIGTERM instead, for example by `timeout 2h`; it saves itself",
+}
+
+# Options that count updates or batches, with Lightning's defaults where those serve.
+LENGTHS: dict[str, int | None] = {
+    "max_steps": None,
+    "val_check_interval": None,
+    "log_every_n_steps": 50,
+    "accumulate_grad_batches": 1,
+}
+
+# Below these Lightning goes on, and does something else.
+LEAST = {"gradient_clip_val": 0, "num_sanity_val_steps": -1}
+
+
+def _check_trainer(trainer: Any) -> Iterator[str]:
+    """Yields the problems of a trainer's options."""
+    if not isinstance(trainer, Mapping):
+        return
+    for key, reason in REFUSED_TRAINER_OPTIONS.items():
+        if trainer.get(key) is not None:
+            yield f"trainer.{key}: {reason}"
+    if trainer.get("limit_val_batches", 1) == 0:
+        yield "trainer.limit_val_batches: the best checkpoint needs a validation; give 1 or more"
+    for key, least in LEAST.items():
+        value = trainer.get(key)
+        if isinstance(value, int | float) and value < least:
+            yield f"trainer.{key}: expected {least} or more, got {value}"
+    if trainer.get("gradient_clip_algorithm") not in (None, "norm"):
+        yield "trainer.gradient_clip_algorithm: gradients are clipped by norm; leave it out"
+    if str(trainer.get("precision")).startswith("16"):
+        yield "trainer.precision: fp16 would need its overflows skipped; use bf16-mixed or 32-true"
+    yield from _check_lengths(trainer)
+
+
+def _check_lengths(trainer: Mapping[str, Any]) -> Iterator[str]:
+    values = {key: trainer.get(key, default) for key, default in LENGTHS.items()}
+    wrong = [k for k, v in values.items() if not isinstance(v, int) or v < 1]
+    for key in wrong:
+        yield f"trainer.{key}: expected a whole number, 1 or more, got {values[key]!r}"
+    interval, pieces = values["val_check_interval"], values["accumulate_grad_batches"]
+    if not wrong and interval % pieces:
+        yield (
+            f"trainer.val_check_interval ({interval}) counts batches and must be a multiple of "
+            f"accumulate_grad_batches ({pieces}), so that a validation follows a whole update"
+        )

@@ -14,13 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from mneme.harness.config.build import build
-from mneme.harness.config.check import TARGET, Config, ConfigError, blaming
+from mneme.harness.config.build import TARGET, build, resolve_target, signature_of
+from mneme.harness.config.check import Config, ConfigError, blaming
 from mneme.harness.config.compose import CONFIG_DIR, compose_group, parse_overrides, program_options
-from mneme.harness.config.model_rules import NO_TABLE, check_size
+from mneme.harness.config.model_rules import check_size
 from mneme.harness.config.schema import check_config
-from mneme.harness.config.signatures import signature_of
-from mneme.harness.config.targets import resolve_target
 from mneme.harness.evaluate.evaluation import (
     Evaluation,
     check_fit,
@@ -37,6 +35,7 @@ from mneme.harness.evaluate.telemetry import (
     write_telemetry,
 )
 from mneme.harness.evaluate.usage_page import print_usage, write_usage
+from mneme.harness.run.callbacks import NO_TABLE
 from mneme.harness.run.checkpoints import (
     check_router,
     checkpoint_config,
@@ -89,41 +88,41 @@ def evaluate_command(arguments: Sequence[str]) -> list[Evaluation]:
         TaskMismatchError: the task does not fit the model, or the model has nothing to report.
     """
     own, task_overrides = _split(arguments)
-    asked = program_options("eval", EvalOptions, own)
-    run, file = find_run(asked.run)
-    file = file or (run.best if asked.checkpoint == "best" else run.last)
+    options = program_options("eval", EvalOptions, own)
+    run, file = find_run(options.run)
+    file = file or (run.best if options.checkpoint == "best" else run.last)
     checkpoint = read_checkpoint(file)
     config = checkpoint_config(checkpoint)
     check_config(config)
     task = _with_vocabulary_of(run, _task_config(config, task_overrides))
     given_length = "task.seq_len" in parse_overrides(task_overrides)
-    tasks = _tasks(config, task, asked.lengths or _default_lengths(task, given_length))
+    tasks = _tasks(config, task, options.lengths or _default_lengths(task, given_length))
     model, precision = restore_model(config, checkpoint), run_precision(config)
     check_fit(checkpoint_vocabulary(checkpoint), model, tasks[0])
-    check_router(checkpoint, tasks[0])
-    if asked.telemetry:
+    check_router(checkpoint, tasks[0], model)
+    if options.telemetry:
         _check_telemetry(run, model, precision)
-    if asked.usage:
+    if options.usage:
         _check_usage(run, model)
-    cases = [(built, carry) for built in tasks for carry in _carries(asked.carry, built)]
-    score = partial(evaluate, model, precision=precision, split=asked.split)
+    cases = [(built, carry) for built in tasks for carry in _carries(options.carry, built)]
+    score = partial(evaluate, model, precision=precision, split=options.split)
     with EvalProgress() as progress:
         results = [
             score(built, carry=carry, after_batch=progress.begin(f"{built.seq_len:,} tokens"))
             for built, carry in cases
         ]
     if run.config.exists():
-        _record(run, file, asked, task, results)
-    print_evaluations(results, f"{file} on {task[TARGET]} ({asked.split})")
-    print(baseline_line(tasks[0], asked.split))
-    title = f"{run.name}, {file.name} on {tasks[0].name} ({asked.split})"
-    if asked.usage:
+        _record(run, file, options, task, results)
+    print_evaluations(results, f"{file} on {task[TARGET]} ({options.split})")
+    print(baseline_line(tasks[0], options.split))
+    title = f"{run.name}, {file.name} on {tasks[0].name} ({options.split})"
+    if options.usage:
         with metering() as meter:  # in a pass of its own: recorded speeds are without a meter
             score(cases[0][0], carry=cases[0][1])
         _report_usage(with_shared_tables(model, meter.by_layer(model)), run, title)
-    if asked.telemetry:
+    if options.telemetry:
         trace = record_trace(
-            model, tasks[0], precision=precision, split=asked.split, count=asked.telemetry
+            model, tasks[0], precision=precision, split=options.split, count=options.telemetry
         )
         _report(trace, write_telemetry(run.telemetry, trace, tasks[0], title))
     return results
@@ -196,9 +195,9 @@ def _default_lengths(task: Config, given_length: bool) -> list[int]:
     return [1] if given_length or "seq_len" not in task else [1, 4, 16]
 
 
-def _carries(asked: list[bool] | None, task: Task) -> list[bool]:
-    if asked is not None:
-        return asked
+def _carries(given: list[bool] | None, task: Task) -> list[bool]:
+    if given is not None:
+        return given
     return [False, True] if task.continues else [False]
 
 
@@ -212,7 +211,7 @@ def _check_usage(run: RunDirectory, model: LanguageModel) -> None:
     """Raises RunError or TaskMismatchError where there would be nothing to write, or nowhere."""
     _require_run(run, "usage")
     if not reads_tables(model):
-        raise TaskMismatchError(NO_TABLE)
+        raise TaskMismatchError(f"usage: {NO_TABLE}")
 
 
 def _report_usage(usage: Mapping[str, Usage], run: RunDirectory, title: str) -> None:
@@ -250,13 +249,13 @@ def _report(trace: Trace, files: Sequence[Path]) -> None:
 
 
 def _record(
-    run: RunDirectory, file: Path, asked: EvalOptions, task: Config, results: Sequence[Evaluation]
+    run: RunDirectory, file: Path, options: EvalOptions, task: Config, results: Sequence[Evaluation]
 ) -> None:
     """Appends a row per result to the run's evaluations.jsonl; null for what is not finite."""
     facts: dict[str, Any] = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "checkpoint": file.name,
-        "split": asked.split,
+        "split": options.split,
         "task": task,
         **provenance(),
     }

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.precision import Precision
 
-from mneme.harness.config.build import build
-from mneme.harness.config.check import TARGET, Config
-from mneme.harness.config.targets import resolve_target
+from mneme.harness.config.build import TARGET, build, resolve_target
+from mneme.harness.config.check import Config
+from mneme.harness.config.model_rules import other_leaves
 from mneme.harness.run.checkpoints import load_weights
 from mneme.harness.run.run_directory import TaskMismatchError
 from mneme.harness.run.training import build_model
@@ -23,7 +23,7 @@ from mneme.tasks.metrics import Metrics
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation: what was asked, what came out, what it cost.
+    """One evaluation: its conditions, its results, its cost.
 
     Attributes:
         seq_len: tokens read at a time.
@@ -94,10 +94,10 @@ def check_fit(trained_on: str, model: LanguageModel, task: Task) -> None:
             f"the task {task.name!r} has the vocabulary {task.vocabulary[:12]!r}, the model was "
             f"trained on {trained_on[:12]!r}: it would read something else than is there"
         )
-    if model.bank is not None and task.leaves not in (None, model.bank.shape.leaves):
+    for name, part in other_leaves(model, task):
         raise TaskMismatchError(
-            f"routes of the task {task.name!r} lead to {task.leaves} leaves, and the bank of the "
-            f"model has {model.bank.shape.leaves}: the routes are of another tree"
+            f"routes of the task {task.name!r} lead to {task.leaves} leaves, and the {name} of the "
+            f"model has {part.leaves}: the routes are of another tree"
         )
 
 

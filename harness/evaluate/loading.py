@@ -16,7 +16,7 @@ from mneme.harness.evaluate.evaluation import restore_model
 from mneme.harness.run.checkpoints import checkpoint_config, checkpoint_vocabulary, read_checkpoint
 from mneme.harness.run.precision import run_precision
 from mneme.harness.run.run_directory import RunDirectory, RunError, find_run
-from mneme.layers import GENERIC
+from mneme.layers import NO_ROUTE
 from mneme.models import LanguageModel, generate
 from mneme.routers import Router
 from mneme.tasks.base import Codec, Task
@@ -44,7 +44,7 @@ class LoadedRun:
         model: in evaluation mode, on its device, with weights in the run's type.
         precision: the run's, to compute in: `with run.precision.forward_context(): ...`.
         tokenizer: from text to ids and back; None where tokens are symbols without a text.
-        router: of prompts, if the model reads a memory bank and the run kept a router.
+        router: of prompts, if the run kept one.
     """
 
     directory: RunDirectory
@@ -129,18 +129,21 @@ class LoadedRun:
         return torch.tensor([ids], device=next(self.model.parameters()).device)
 
     def _route(self, prompt: str, given: int | None) -> Tensor | None:
-        bank = self.model.bank
-        if bank is None:
+        if not self.model.routed:
             if given is not None:
-                raise RunError(f"route: the model of {self.directory.path} reads no memory bank")
+                raise RunError(
+                    f"route: no layer of the model of {self.directory.path} follows one; those of "
+                    "ffn=bank do"
+                )
             return None
         if given is None:
-            given = GENERIC if self.router is None else int(self.router.route([prompt])[0])
-        if not GENERIC <= given < bank.shape.leaves:
-            raise RunError(
-                f"route {given}: the bank has leaves 0 to {bank.shape.leaves - 1}, or -1 for its "
-                "generic block"
-            )
+            given = NO_ROUTE if self.router is None else int(self.router.route([prompt])[0])
+        for name, part in self.model.routed.items():
+            if not NO_ROUTE <= given < part.leaves:
+                raise RunError(
+                    f"route {given}: the {name} has leaves 0 to {part.leaves - 1}, or {NO_ROUTE} "
+                    "for a sequence without a route"
+                )
         return torch.tensor([given], device=next(self.model.parameters()).device)
 
 

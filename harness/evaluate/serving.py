@@ -1,19 +1,19 @@
 """Serving a trained model whose memory bank stays on disk."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.precision import Precision
-from torch import Tensor
+from torch import Tensor, nn
 
-from mneme.harness.config.build import build
-from mneme.harness.config.check import TARGET, Config
+from mneme.harness.config.build import TARGET, build
+from mneme.harness.config.check import Config
 from mneme.harness.config.schema import check_config
 from mneme.harness.run.checkpoints import (
-    BANK,
     checkpoint_config,
     checkpoint_vocabulary,
     model_weights,
@@ -21,6 +21,8 @@ from mneme.harness.run.checkpoints import (
 )
 from mneme.harness.run.precision import run_precision
 from mneme.harness.run.run_directory import RunDirectory, RunError
+from mneme.layers import SharedPart
+from mneme.layers.bank.memory_bank import BANK
 from mneme.models import LanguageModel, generate
 from mneme.models.bank import model_hash
 from mneme.models.bank.reading import Read
@@ -30,11 +32,13 @@ from mneme.tasks.facts.words import Words
 
 
 class WithoutBlocks(LanguageModel):
-    """A model whose bank has sizes but no numbers, until `use_bank` gives it another."""
+    """A model whose bank has sizes but no elements, until `use_part` gives it another."""
 
-    def _make_bank(self, d_model: int) -> None:
+    def _make_part(self, places: Sequence[SharedPart]) -> nn.Module:
+        if places[0].name != BANK:
+            return super()._make_part(places)
         with torch.device("meta"):
-            super()._make_bank(d_model)
+            return super()._make_part(places)
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def load(
     check_config(config)
     precision = run_precision(config)
     model = _base_model(config, loaded, len(words), precision)
-    if model.bank is None:
+    if BANK not in model.routed:
         raise RunError(f"{checkpoint}: no layer of this model reads a memory bank")
     router = Router.load(run.router) if run.router.exists() else None
     stored = StoredBank(
@@ -117,7 +121,7 @@ def load(
         read=read,
         dtype=next(model.parameters()).dtype,
     )
-    model.use_bank(stored)
+    model.use_part(BANK, stored)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Served(model.to(device).eval(), precision, stored, words, router)
 
@@ -141,7 +145,7 @@ def _base_model(
     options = build({key: value for key, value in config["model"].items() if key != TARGET})
     model = WithoutBlocks(vocab_size=vocab_size, **options)
     precision.convert_module(model)
-    blocks = {name: t for name, t in model.state_dict().items() if name.startswith(BANK)}
+    blocks = {name: t for name, t in model.state_dict().items() if name.startswith(f"{BANK}.")}
     model.load_state_dict(model_weights(checkpoint) | blocks)  # which have no numbers to copy
     return model
 

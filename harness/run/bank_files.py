@@ -1,36 +1,55 @@
 """The memory bank of a run in files, for `scripts/serve_bank.py` and edits."""
 
-from lightning.pytorch import Trainer
+from pathlib import Path
 
-from mneme.harness.run.checkpoints import EndOfStep
+from lightning.pytorch import LightningModule, Trainer
+
+from mneme.harness.run.callbacks import RunCallback
 from mneme.harness.run.console import say
+from mneme.harness.run.data import TaskData
 from mneme.harness.run.run_directory import RunDirectory
 from mneme.layers import MemoryBank
-from mneme.models import LanguageModel
+from mneme.layers.bank.memory_bank import BANK
+from mneme.layers.protocol import require_at_least
+from mneme.models import LanguageModel, SequenceModule
 from mneme.models.bank import model_hash, write_bank
-from mneme.tasks.base import Task
 
 
-class SaveBank(EndOfStep):
+class SaveBank(RunCallback):
     """Writes the bank of a run when training ends, and on the way if asked.
 
     It has the weights of the moment, as `last.ckpt` does, and the hash of the base model that they
     were trained with. So the two belong together when a run has ended. Where the base model is
     trained too, they do so on the way only after steps at which both were written.
 
+    A model without a bank is left alone.
+
     Args:
-        run: its `bank` folder is written to.
-        model: has a bank in memory.
-        task: its router chooses the blocks.
         every: updates between two writes; None writes at the end only.
+
+    Raises:
+        ValueError: `every` is below 1.
     """
 
-    def __init__(
-        self, run: RunDirectory, model: LanguageModel, task: Task, *, every: int | None
-    ) -> None:
-        assert isinstance(model.bank, MemoryBank), "it is being trained"
-        self.run, self.model, self.bank, self.task = run, model, model.bank, task
+    def __init__(self, *, every: int | None = None) -> None:
+        require_at_least(1, every=1 if every is None else every)
         self.every, self.saved_step = every, -1
+
+    def check(self, model: LanguageModel) -> None:
+        """Refuses writes on the way where there is nothing to write."""
+        if self.every is not None and BANK not in model.routed:
+            raise ValueError("no layer of this model reads a memory bank; one with ffn=bank does")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Finds what to write, and where."""
+        assert isinstance(pl_module, SequenceModule)
+        data: TaskData = trainer.datamodule  # type: ignore[attr-defined]
+        self.run, self.task = RunDirectory(Path(trainer.default_root_dir)), data.task
+        self.model, self.bank = pl_module.model, pl_module.model.routed.get(BANK)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the final blocks, also those of a run that was stopped after its last step."""
+        self.save(trainer)
 
     def end_of_step(self, trainer: Trainer) -> None:
         """Saves when it is time."""
@@ -40,8 +59,9 @@ class SaveBank(EndOfStep):
     def save(self, trainer: Trainer) -> None:
         """Writes the bank, once per step and by one process; says so when it is on disk."""
         step = trainer.global_step
-        if not trainer.is_global_zero or step == self.saved_step:
+        if self.bank is None or not trainer.is_global_zero or step == self.saved_step:
             return
+        assert isinstance(self.bank, MemoryBank), "it is being trained"
         write_bank(
             self.run.bank,
             self.bank.shape,

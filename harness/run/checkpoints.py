@@ -3,27 +3,28 @@
 import io
 import json
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from mneme.harness.config.check import Config
 from mneme.harness.config.renames import renamed
 from mneme.harness.run import signals
+from mneme.harness.run.callbacks import RunCallback
 from mneme.harness.run.run_directory import RunDirectory, RunError, rank, write_atomically
 from mneme.harness.run.signals import Interrupted
+from mneme.models import LanguageModel
 from mneme.models.diagnosis import NonFiniteError
 from mneme.storage.regular_file import open_regular
 from mneme.tasks.base import Task
 
 FORMAT = 1
 _KEY = "mneme"
-BANK = "bank."  # what names of a memory bank's weights begin with
 _LISTED = 8  # weights that do not fit, in one message
 
 
@@ -119,19 +120,25 @@ def checkpoint_vocabulary(checkpoint: dict[str, Any]) -> str:
     return str(checkpoint[_KEY]["vocabulary"])
 
 
-def check_router(checkpoint: dict[str, Any], task: Task) -> None:
-    """Refuses routes by which a bank's blocks mean something else.
+def check_router(checkpoint: dict[str, Any], task: Task, model: LanguageModel) -> None:
+    """Refuses routes by which what they lead to means something else.
+
+    Args:
+        checkpoint: as read.
+        task: whose routes will be followed.
+        model: of the checkpoint, or one that will take its weights.
 
     Raises:
-        RunError: the checkpoint has a bank that was trained by another router than the task's.
+        RunError: the checkpoint has a part that was trained by another router than the task's.
     """
     trained_by = checkpoint[_KEY].get("router")
-    has_bank = any(name.startswith(BANK) for name in model_weights(checkpoint))
-    if has_bank and task.leaves is not None and task.router != trained_by:
+    weights = model_weights(checkpoint)
+    trained = [p for p in model.routed if any(name.startswith(f"{p}.") for name in weights)]
+    if trained and task.leaves is not None and task.router != trained_by:
         raise RunError(
-            f"routes of the task {task.name!r} are of {_router(task.router)}, and the bank was "
-            f"trained by {_router(trained_by)}: its blocks would mean something else; a run keeps "
-            "its router, which task.routing.folder=RUN/router takes"
+            f"routes of the task {task.name!r} are of {_router(task.router)}, and the {trained[0]} "
+            f"was trained by {_router(trained_by)}: they would mean something else to it; a run "
+            "keeps its router, which task.routing.folder=RUN/router takes"
         )
 
 
@@ -190,17 +197,18 @@ def load_weights(model: torch.nn.Module, checkpoint: dict[str, Any]) -> None:
 
 
 def misfits(
-    weights: Mapping[str, torch.Tensor], model: torch.nn.Module, may_be_new: str | None = None
+    weights: Mapping[str, torch.Tensor], model: torch.nn.Module, may_be_new: Iterable[str] = ()
 ) -> Iterator[str]:
-    """A line for each weight that a model cannot take as it is, up to a number.
+    """A line for each weight that a model cannot take as it is, up to a number of them.
 
-    Complex numbers would lose their imaginary part, and fractions be cut off, without a word.
+    A complex weight would lose its imaginary part, and a fraction be cut off, without a word.
 
     Args:
         weights: by name.
         model: which would take them.
-        may_be_new: what names of weights begin with that only the model has to have.
+        may_be_new: parts of the model whose weights need not be there.
     """
+    new = tuple(f"{part}." for part in may_be_new)
     own = model.state_dict()
     lines = []
     for name in weights.keys() | own.keys():
@@ -208,7 +216,7 @@ def misfits(
         if here is None and there is not None:
             lines.append(f"{name} {_shape(there)} has no place in this model")
         elif there is None and here is not None:
-            if may_be_new is None or not name.startswith(may_be_new):
+            if not name.startswith(new):
                 lines.append(f"{name} {_shape(here)} of this model is not there")
         elif here is not None and there is not None and here.shape != there.shape:
             lines.append(f"{name} is {_shape(there)} there and {_shape(here)} in this model")
@@ -220,7 +228,7 @@ def misfits(
 
 
 def kind(tensor: torch.Tensor) -> str:
-    """What sort of numbers a tensor holds: those of one sort convert without a loss of kind."""
+    """What sort of elements a tensor holds: those of one sort convert without a loss of kind."""
     if tensor.is_complex():
         return "complex numbers"
     return "real numbers" if tensor.is_floating_point() else f"numbers of type {tensor.dtype}"
@@ -230,36 +238,7 @@ def _shape(tensor: torch.Tensor) -> str:
     return str(list(tensor.shape))
 
 
-def validates_after(trainer: Trainer, batches: int) -> bool:
-    """Whether a validation follows the first `batches` batches of training."""
-    assert isinstance(trainer.val_check_batch, int), (
-        "the trainer's config gives a number of batches"
-    )
-    return batches % trainer.val_check_batch == 0
-
-
-class EndOfStep(Callback):
-    """Calls `end_of_step` when an update is complete: after its validation, where it has one."""
-
-    def end_of_step(self, trainer: Trainer) -> None:
-        """What to do then."""
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """An update ends here unless it is half accumulated or a validation follows."""
-        accumulating = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
-        validating = validates_after(trainer, batch_idx + 1)
-        if not accumulating and not validating:
-            self.end_of_step(trainer)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The validation that followed an update is over."""
-        if not trainer.sanity_checking:
-            self.end_of_step(trainer)
-
-
-class Checkpoints(EndOfStep):
+class Checkpoints(RunCallback):
     """Keeps `last.ckpt` and `best.ckpt`, each replaced whole.
 
     Args:
@@ -338,7 +317,7 @@ class Checkpoints(EndOfStep):
         self.saved_step = trainer.global_step
 
 
-class StopOnSignal(EndOfStep):
+class StopOnSignal(RunCallback):
     """On SIGTERM or Ctrl-C finishes the step, with its validation, saves and stops.
 
     Before the first step and after the last there is nothing to finish, and a signal stops the run

@@ -7,7 +7,6 @@ from typing import Any
 
 from mneme.harness.config.check import ConfigError
 from mneme.harness.run.checkpoints import (
-    BANK,
     check_router,
     checkpoint_vocabulary,
     misfits,
@@ -36,7 +35,8 @@ def init_from(where: str, model: LanguageModel, task: Task) -> InitialWeights:
     """Gives a model the weights of another run.
 
     All of them must find their place, by name and shape, and all of the model's own must be among
-    them; only those of a bank may be new. So the model with a bank may start from one without.
+    them; only those of parts that routes lead to, such as a bank, may be new, as these change no
+    output then. So a model with a bank may start from one without.
 
     Args:
         where: a run directory, for its best checkpoint, or a checkpoint.
@@ -50,11 +50,11 @@ def init_from(where: str, model: LanguageModel, task: Task) -> InitialWeights:
         run, file = find_run(where)
         path = file or run.best
         checkpoint = read_checkpoint(path)
-        check_router(checkpoint, task)
+        check_router(checkpoint, task, model)
         weights = model_weights(checkpoint)
     except RunError as error:
         raise ConfigError([f"init_from: {error}"]) from error
-    problems = [*_other_words(checkpoint, task), *misfits(weights, model, may_be_new=BANK)]
+    problems = [*_other_words(checkpoint, task), *misfits(weights, model, may_be_new=model.routed)]
     if problems:
         lines = "".join(f"\n    {problem}" for problem in problems)
         raise ConfigError([f"init_from: {path} does not fit this model:{lines}"])
@@ -62,17 +62,18 @@ def init_from(where: str, model: LanguageModel, task: Task) -> InitialWeights:
     return InitialWeights(path, int(checkpoint["global_step"]))
 
 
-def freeze_all_but_bank(model: LanguageModel) -> None:
-    """Leaves only the bank to be trained.
+def freeze_all_but(model: LanguageModel, name: str) -> None:
+    """Leaves only one part of a model to be trained, by its dotted name.
 
     All else has no gradient and is in evaluation mode, as norms and keys may follow what they read
     in training: it stays the same to the bit.
     """
-    assert model.bank is not None, "the config was checked"
+    part = model.get_submodule(name)
     model.requires_grad_(False)
-    model.bank.requires_grad_(True)
-    for part in model.children():
-        part.train(part is model.bank)
+    part.requires_grad_(True)
+    for child in model.children():
+        child.eval()
+    part.train()
 
 
 def _other_words(checkpoint: dict[str, Any], task: Task) -> Iterator[str]:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from mneme.harness.config.check import Config, ConfigError, blaming
 from mneme.harness.config.compose import Composed
-from mneme.harness.config.schema import check_config, options
+from mneme.harness.config.schema import check_config, run_options
 from mneme.harness.run.checkpoints import (
     check_router,
     check_same_run,
@@ -48,10 +48,10 @@ def start_run(composed: Composed, **facts: Any) -> tuple[RunDirectory, dict[str,
     Raises:
         ConfigError: the model cannot be built, or `run_dir` already holds a run.
     """
-    scalars = options(composed.config)
-    refuse_occupied(scalars.run_dir)
+    options = run_options(composed.config)
+    refuse_occupied(options.run_dir)
     prepared = prepare(composed.config)
-    run = new_run_directory(scalars.run_dir, composed.choices, scalars.seed)
+    run = new_run_directory(options.run_dir, composed.choices, options.seed)
     with alone(run.path):
         refuse_occupied(str(run.path))  # once more, now that no other process can take it
         started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -78,7 +78,7 @@ def start_or_resume(composed: Composed, **facts: Any) -> tuple[RunDirectory, dic
         ConfigError: there is no `run_dir`, or it holds a run of other options.
         RunError: as `resume_run`.
     """
-    where = options(composed.config).run_dir
+    where = run_options(composed.config).run_dir
     if where is None:
         raise ConfigError(["run_dir: name the directory of the run, for resume=auto to go on in"])
     run = RunDirectory(Path(where))
@@ -151,7 +151,7 @@ def resume_run(where: str, others: Sequence[str] = ()) -> dict[str, Any]:
 
 def _check_resumable(path: Path, prepared: Prepared) -> None:
     checkpoint = read_checkpoint(path, mapped=True)
-    check_router(checkpoint, prepared.task)
+    check_router(checkpoint, prepared.task, prepared.model)
     problems = resume_problems(checkpoint, prepared.config, prepared.model, prepared.task)
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)

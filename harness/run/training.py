@@ -1,4 +1,15 @@
-"""One training run, from a checked config to a summary."""
+"""One training run, from a checked config to a summary.
+
+An update, in the order in which things happen; callbacks are called in the order of `_trainer`:
+
+    on_train_batch_start     SequenceModule: the seed of the batch
+    training_step            SequenceModule: forward pass, loss; then backward
+    optimizer step           SequenceModule: norms, clipping, the row of the update; models/optim.py
+    on_train_batch_end       no validation follows: end_of_step, see below
+    validation, if due       SequenceModule: metrics; chosen callbacks add their figures to the row
+    on_validation_end        Stopwatch goes on; Checkpoints keeps the best; then end_of_step
+      end_of_step            Checkpoints: last.ckpt, if due; chosen callbacks; StopOnSignal, last
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,9 +23,9 @@ from lightning.pytorch.loggers import Logger
 from mneme.harness.config.build import build
 from mneme.harness.config.check import Config, blaming
 from mneme.harness.config.model_rules import check_model, check_size
-from mneme.harness.config.schema import options
+from mneme.harness.config.schema import run_options
 from mneme.harness.loggers import Dashboard
-from mneme.harness.run.bank_files import SaveBank
+from mneme.harness.run.callbacks import RunCallback
 from mneme.harness.run.checkpoints import (
     AtomicCheckpointIO,
     Checkpoints,
@@ -22,7 +33,7 @@ from mneme.harness.run.checkpoints import (
 )
 from mneme.harness.run.console import RunProgressBar, label, quiet_libraries, say
 from mneme.harness.run.data import TaskData
-from mneme.harness.run.init_from import InitialWeights, freeze_all_but_bank, init_from
+from mneme.harness.run.init_from import InitialWeights, freeze_all_but, init_from
 from mneme.harness.run.metrics_file import MetricsFile, last_validation
 from mneme.harness.run.precision import run_precision
 from mneme.harness.run.provenance import config_hash, provenance
@@ -63,21 +74,24 @@ def prepare(config: Config, *, resumed: bool = False) -> Prepared:
 
     Raises:
         ConfigError: values that do not go together, such as heads that do not divide the width,
-            `usage` of a model without tables, or `init_from` a model that does not fit.
+            a callback for tables that the model lacks, or `init_from` a model that does not fit.
     """
-    chosen = options(config)
+    options = run_options(config)
     with blaming("task"):
         task: Task = build(config["task"])
         task.prepare_data()
     with blaming("model"):
         model = build_model(config, task)
         costs = budget(model, task.seq_len)
-    check_model(model, task, chosen)
+    check_model(model, task, options)
     initial = None
-    if chosen.init_from is not None and not resumed:
-        initial = init_from(chosen.init_from, model, task)
-    if chosen.train_only == "bank":
-        freeze_all_but_bank(model)
+    if options.init_from is not None and not resumed:
+        initial = init_from(options.init_from, model, task)
+    if options.train_only is not None:
+        freeze_all_but(model, options.train_only)
+    for name, callback in _callbacks(config).items():
+        with blaming(f"callbacks.{name}"):
+            callback.check(model)
     with blaming("optimizer"):
         make_optimizer(model, optimizer_factory(config))
     with blaming("schedule"):
@@ -96,7 +110,7 @@ def prepare(config: Config, *, resumed: bool = False) -> Prepared:
 def build_model(config: Config, task: Task) -> LanguageModel:
     """The model of a config, with the vocabulary of its task, the run's seed and its precision."""
     check_size(config, task)
-    torch.manual_seed(options(config).seed)
+    torch.manual_seed(run_options(config).seed)
     model: LanguageModel = build(config["model"], vocab_size=task.vocab_size)
     run_precision(config).convert_module(model)
     return model
@@ -128,7 +142,7 @@ def train(
         run,
         prepared.config,
         task=prepared.task,
-        every=options(prepared.config).checkpoint_every,
+        every=run_options(prepared.config).checkpoint_every,
         resume_step=resume_step,
     )
     stop = StopOnSignal(checkpoints)
@@ -147,10 +161,10 @@ def _train(
 ) -> dict[str, Any]:
     config, task, model = prepared.config, prepared.task, prepared.model
     quiet_libraries()
-    seed_everything(options(config).seed, verbose=False)
+    seed_everything(run_options(config).seed, verbose=False)
     _record_start(prepared, run, resume_step)
     module = _module(config, model, task)
-    if options(config).compile:
+    if run_options(config).compile:
         model.compile()
     with _loggers(config, run, resume_step) as loggers:
         trainer = _trainer(prepared, run, loggers, callbacks)
@@ -159,18 +173,9 @@ def _train(
         unvalidated = not last_validation(run.metrics, trainer.global_step)
         if trainer.strategy.broadcast(unvalidated):  # all processes must agree
             trainer.validate(module, datamodule=data, verbose=False)
-        _save_bank(trainer)
     done = trainer.global_step == trainer.max_steps
     status = "finished" if done else "interrupted"
     return run.write_summary(status=status, error=None, **_results(run, trainer, module, task))
-
-
-def _save_bank(trainer: Trainer) -> None:
-    """Writes the final blocks, also those of a run that was stopped after its last step."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
-        if isinstance(callback, SaveBank):
-            callback.save(trainer)
 
 
 def _record_start(prepared: Prepared, run: RunDirectory, resume_step: int) -> None:
@@ -183,7 +188,7 @@ def _record_start(prepared: Prepared, run: RunDirectory, resume_step: int) -> No
     run.write_summary(
         status="running",
         **_start(prepared),
-        seed=options(prepared.config).seed,
+        seed=run_options(prepared.config).seed,
         config_hash=config_hash(prepared.config),
         budget=prepared.budget.as_dict(),
         monitor=prepared.task.monitor,
@@ -193,7 +198,7 @@ def _record_start(prepared: Prepared, run: RunDirectory, resume_step: int) -> No
 
 def _start(prepared: Prepared) -> dict[str, Any]:
     """For the summary: whose weights were there before, and which were trained; often nothing."""
-    initial, only = prepared.initial, options(prepared.config).train_only
+    initial, only = prepared.initial, run_options(prepared.config).train_only
     facts: dict[str, Any] = {} if only is None else {"train_only": only}
     if initial is not None:
         facts["init_from"] = {"checkpoint": str(initial.path), "step": initial.step}
@@ -222,9 +227,18 @@ def _module(config: Config, model: LanguageModel, task: Task) -> SequenceModule:
         schedule=build(config["schedule"]),
         metrics=task.metrics,
         log_every=config["trainer"].get("log_every_n_steps", 50),
-        usage=options(config).usage,
-        seed=options(config).seed,
+        seed=run_options(config).seed,
     )
+
+
+def _callbacks(config: Config) -> dict[str, RunCallback]:
+    """Those that the config chooses, by name; null leaves one out."""
+    callbacks = {}
+    for name, node in (config.get("callbacks") or {}).items():
+        if node is not None:
+            with blaming(f"callbacks.{name}"):
+                callbacks[name] = build(node)
+    return callbacks
 
 
 def optimizer_factory(config: Config) -> OptimizerFactory:
@@ -238,20 +252,17 @@ def _trainer(
     loggers: list[Logger],
     own_callbacks: Sequence[Callback],
 ) -> Trainer:
-    config, model, task = prepared.config, prepared.model, prepared.task
-    *before, stop = own_callbacks  # which comes after what saves, as it ends the run
-    callbacks = [Stopwatch(), *before]
-    if model.bank is not None:
-        every = options(config).save_bank_every
-        callbacks.append(SaveBank(run, model, task, every=every))
-    callbacks.append(stop)
+    """Lightning's trainer with the run's callbacks, in the order that this module draws."""
+    config = prepared.config
+    *before, stop = own_callbacks
+    callbacks = [Stopwatch(), *before, *_callbacks(config).values(), stop]
     if config["trainer"].get("enable_progress_bar", True):
         callbacks.append(RunProgressBar(label(run.name)))
     with blaming("trainer"):
         trainer: Trainer = build(
             config["trainer"],
             callbacks=callbacks,
-            default_root_dir=run.path,
+            default_root_dir=run.path.absolute(),
             enable_checkpointing=False,
             logger=loggers,
             plugins=[AtomicCheckpointIO()],

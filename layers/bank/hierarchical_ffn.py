@@ -9,8 +9,9 @@ from mneme.layers.bank.bank_blocks import (
     key_value_block,
     unit_width,
 )
-from mneme.layers.bank.memory_bank import BankOptions, BankReader, BankShape, Fetched
+from mneme.layers.bank.memory_bank import BANK, BankOptions, BankReader
 from mneme.layers.feed_forward import SwiGLU
+from mneme.layers.parts.shared import Fetched
 from mneme.layers.protocol import Output, RoutedLayer, State
 from mneme.layers.registry import register
 from mneme.layers.state_fit import TensorSpec
@@ -65,7 +66,7 @@ class HierarchicalFFN(SwiGLU, RoutedLayer):
         super().__init__(d_model, expand=expand, multiple_of=multiple_of)
         self.options = bank
         self.width = unit_width(bank.kind, d_model, self.out_proj.in_features)
-        self.reader = BankReader()
+        self.reader = BankReader(d_model, bank, self.width)
 
     def forward(self, x: Float[Tensor, "b t d"], state: State = None) -> Output:
         """Transforms each position on its own, with the blocks of its sequence."""
@@ -87,7 +88,8 @@ class HierarchicalFFN(SwiGLU, RoutedLayer):
         """
         bank, place = self.reader.bank, self.reader.place
         if isinstance(route, Fetched):
-            return route.blocks[:, place]
+            blocks: Tensor = route[BANK][:, place]
+            return blocks
         if bank is None:
             if route is not None:
                 raise ValueError(_NO_BANK)
@@ -110,21 +112,3 @@ class HierarchicalFFN(SwiGLU, RoutedLayer):
             return adapted_feed_forward(x, blocks, self.in_proj.weight, self.out_proj.weight)
         beside = feed_forward_block if self.options.kind == "ffn" else key_value_block
         return super().forward(x).y + beside(x, blocks)
-
-
-def shape_of(layers: list[HierarchicalFFN]) -> BankShape:
-    """The bank that these layers of one model share.
-
-    Raises:
-        ValueError: they ask for different ones.
-    """
-    first = layers[0]
-    for layer in layers[1:]:
-        if (layer.options, layer.width) != (first.options, first.width):
-            raise ValueError(
-                "the layers of a model share one bank, and these ask for different ones: "
-                f"{first.options} with {first.width} numbers a unit and {layer.options} with "
-                f"{layer.width}"
-            )
-    options = first.options
-    return BankShape(len(layers), options.branching, options.hidden, first.width, options.kind)

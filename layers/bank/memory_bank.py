@@ -6,7 +6,7 @@ block of level l, R of them on a path; W numbers of a unit.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -15,10 +15,13 @@ from torch.nn import functional as F
 
 from mneme.layers.bank.bank_blocks import Kind, init_units
 from mneme.layers.parts.row_options import RowOptions
+from mneme.layers.parts.shared import NO_ROUTE, RoutedPart, SharedPart
 from mneme.layers.protocol import ParamOptions, require_at_least, require_choice
 
-GENERIC = -1
+GENERIC = NO_ROUTE
 """The route of a sequence that nobody can place: it fetches the generic block."""
+
+BANK = "bank"  # the name under which a model owns its bank
 
 CLIP_GROUP = "bank"  # a bank's gradients are clipped together, apart from all others
 
@@ -143,17 +146,7 @@ class BankShape:
         return self.places * self.units * self.width
 
 
-class Fetched(NamedTuple):
-    """The blocks of a batch of sequences, for all places.
-
-    Attributes:
-        blocks: `[B, L, R, W]`.
-    """
-
-    blocks: Float[Tensor, "b places r w"]
-
-
-class Bank(nn.Module):
+class Bank(RoutedPart):
     """What a model asks of a bank, wherever its blocks lie.
 
     Args:
@@ -169,6 +162,19 @@ class Bank(nn.Module):
     def __init__(self, shape: BankShape) -> None:
         super().__init__()
         self.shape = shape
+
+    @property
+    def leaves(self) -> int:
+        """Nodes of the last level."""
+        return self.shape.leaves
+
+    @property
+    def tree(self) -> str:
+        """Leaves, children and levels."""
+        return (
+            f"{self.leaves}, {self.shape.branching} children at each of {self.shape.depth} levels "
+            "(its branching and, with units for each level, its hidden)"
+        )
 
     def fetch(self, route: Int[Tensor, " b"]) -> Float[Tensor, "b places r w"]:
         """The blocks on the way to each leaf; `GENERIC` fetches the generic block."""
@@ -264,26 +270,56 @@ class MemoryBank(Bank):
         return f"{shape.parameters:,} numbers, {shape.fetched:,} a route, {self.options}"
 
 
-class BankReader(nn.Module):
-    """What layers have that read a bank: their place in it.
+class BankReader(SharedPart):
+    """A layer's place in the one bank of a model.
+
+    Args:
+        d_model: D.
+        options: of the bank.
+        width: W.
 
     Attributes:
         place: which of the bank's layers this is.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.place = 0
-        self._owner: tuple[Bank, ...] = ()  # in a tuple, or it would count as part of this module
+    def __init__(self, d_model: int, options: BankOptions, width: int) -> None:
+        super().__init__(BANK)
+        self.d_model, self.options, self.width, self.place = d_model, options, width, 0
 
-    def bind(self, bank: Bank, place: int) -> None:
-        """Reads this place of a bank from now on."""
-        self._owner, self.place = (bank,), place
+    def make(self, places: Sequence["BankReader"]) -> "MemoryBank":
+        """A bank with a place for each of the layers that read it."""
+        for other in places:
+            if (other.options, other.width) != (self.options, self.width):
+                raise ValueError(
+                    "the layers of a model share one bank, and these ask for different ones: "
+                    f"{self.options} with {self.width} elements a unit and {other.options} with "
+                    f"{other.width}"
+                )
+        return MemoryBank(self._shape(len(places)), self.d_model, self.options)
+
+    def bind(self, part: nn.Module, place: int, places: int) -> None:
+        """Reads this place of a bank from now on.
+
+        Raises:
+            ValueError: the bank has other sizes.
+        """
+        assert isinstance(part, Bank)
+        if part.shape != self._shape(places):
+            raise ValueError(
+                f"the model reads a bank of {self._shape(places)}; this is {part.shape}"
+            )
+        super().bind(part, place, places)
+        self.place = place
 
     @property
     def bank(self) -> Bank | None:
         """What it reads; None before anything was bound."""
-        return self._owner[0] if self._owner else None
+        assert self.part is None or isinstance(self.part, Bank)
+        return self.part
+
+    def _shape(self, places: int) -> BankShape:
+        options = self.options
+        return BankShape(places, options.branching, options.hidden, self.width, options.kind)
 
 
 def require_routes(route: Tensor, shape: BankShape) -> None:
@@ -296,17 +332,3 @@ def require_routes(route: Tensor, shape: BankShape) -> None:
             f"levels with {shape.branching} children each, or {GENERIC} for the generic block; "
             f"got {int(route.min())} to {int(route.max())}"
         )
-
-
-def bind_bank(readers: Sequence[BankReader], bank: Bank) -> None:
-    """Lets layers read a bank, each its own place, in order.
-
-    Raises:
-        ValueError: the bank was made for another number of layers.
-    """
-    if bank.shape.places != len(readers):
-        raise ValueError(
-            f"the bank has blocks for {bank.shape.places} layers, and {len(readers)} would read it"
-        )
-    for place, reader in enumerate(readers):
-        reader.bind(bank, place)

@@ -202,13 +202,11 @@ def replace_tables(
         )
         for name, table in tables.items()
     }
-    shared = {tables[name].options.share: table for name, table in stored.items()}
     places = {n: m for n, m in model.named_modules() if isinstance(m, SharedTable)}
     for name, place in places.items():
-        share = place.asked[-1].share
-        if share not in shared:
-            raise ValueError(f"{name} reads the table {share!r}, which is not this model's")
-        stored[name] = shared[share]
+        if place.name not in tables:
+            raise ValueError(f"{name} reads {place.name}, which is not this model's")
+        stored[name] = stored[place.name]
     for name, table in stored.items():
         model.set_submodule(name, table)
     return {name: stored[name] for name in tables}

@@ -3,15 +3,16 @@
 N rows, D width, m rows of a token.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mneme.layers.parts.row_options import RowOptions
+from mneme.layers.parts.shared import NamedParts, SharedPart
 from mneme.layers.protocol import ParamOptions, require_at_least
 from mneme.ops.table_read import dot_rows, sum_rows
 
@@ -52,7 +53,7 @@ def _require_name(share: str | None) -> None:
             f"share must be a name of letters, digits and _ that begins with no digit, such as "
             f"'memory'; got {share!r}"
         )
-    if hasattr(NamedTables({}), share):
+    if hasattr(NamedParts(), share):
         raise ValueError(
             f"share must be another name than {share!r}, which is an attribute of modules; "
             f"take '{share}_table', say"
@@ -125,8 +126,8 @@ class Table(nn.Module):
         return f"{self.weight.shape[0]:,} x {self.weight.shape[1]}, {self.options}"
 
 
-class SharedTable(nn.Module):
-    """A layer's place in a table that the model owns: reads it, and holds no parameter.
+class SharedTable(SharedPart):
+    """A layer's place in a table that the model owns, as `tables.NAME`.
 
     Args:
         rows: N, the same in every layer that shares it.
@@ -136,18 +137,18 @@ class SharedTable(nn.Module):
     """
 
     def __init__(self, rows: int, dim: int, *, std: float, options: TableOptions) -> None:
-        super().__init__()
-        self.asked = (rows, dim, std, options)
-        self._owner: tuple[Table, ...] = ()  # in a tuple, or it would count as part of this module
+        super().__init__(f"tables.{options.share}")
+        self.args: dict[str, Any] = {"rows": rows, "dim": dim, "std": std, "options": options}
 
-    def make(self) -> Table:
-        """A table as this layer asks for it."""
-        rows, dim, std, options = self.asked
-        return Table(rows, dim, std=std, options=options)
-
-    def bind(self, table: Table) -> None:
-        """Reads this table from now on."""
-        self._owner = (table,)
+    def make(self, places: Sequence["SharedTable"]) -> Table:
+        """The table that all places describe alike."""
+        for place in places:
+            if place.args != self.args:
+                raise ValueError(
+                    f"layers that share the table {self.args['options'].share!r} ask for different "
+                    f"ones: {_differences(self.args, place.args)}"
+                )
+        return Table(**self.args)
 
     def sum_rows(
         self, rows: Int[Tensor, "*t m"], weights: Float[Tensor, "*t m"]
@@ -161,14 +162,14 @@ class SharedTable(nn.Module):
         """As `Table.dot_rows`."""
         return self._table().dot_rows(rows, x)
 
-    def _table(self) -> Table:
-        if not self._owner:
-            name = self.asked[-1].share
+    def _table(self) -> Rows:
+        if self.part is None:
             raise ValueError(
-                f"the table {name!r} is shared, and no model owns it yet: put the layer into a "
-                "LanguageModel, call bind_shared_tables on what holds it, or leave share out"
+                f"the table {self.args['options'].share!r} is shared, and no model owns it yet: "
+                "put the layer into a LanguageModel, call bind_shared_parts on what holds it, or "
+                "leave share out"
             )
-        return self._owner[0]
+        return cast(Rows, self.part)
 
 
 def make_table(rows: int, dim: int, *, std: float, options: TableOptions) -> Table | SharedTable:
@@ -177,56 +178,10 @@ def make_table(rows: int, dim: int, *, std: float, options: TableOptions) -> Tab
     return kind(rows, dim, std=std, options=options)
 
 
-def bind_shared_tables(module: nn.Module) -> dict[str, Table]:
-    """Makes every shared table below a module, once, and lets its layers read it.
-
-    Returns:
-        The tables by name, which the caller registers as its own: they are parameters of no layer.
-
-    Raises:
-        ValueError: layers that share a table ask for different ones.
-    """
-    tables: dict[str, Table] = {}
-    first: dict[str, SharedTable] = {}
-    for place in module.modules():
-        if isinstance(place, SharedTable):
-            name = str(place.asked[-1].share)
-            if name not in tables:
-                tables[name], first[name] = place.make(), place
-            if place.asked != first[name].asked:
-                raise ValueError(
-                    f"layers that share the table {name!r} ask for different ones: "
-                    f"{_differences(first[name], place)}"
-                )
-            place.bind(tables[name])
-    return tables
-
-
-def _differences(one: SharedTable, other: SharedTable) -> str:
-    """What two places ask of a table that is not the same, for messages."""
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """The arguments of two tables that are not the same, for messages."""
     a, b = (
-        {"rows": rows, "width": dim, "std": std, **asdict(options)}
-        for rows, dim, std, options in (one.asked, other.asked)
+        {"rows": args["rows"], "width": args["dim"], "std": args["std"], **asdict(args["options"])}
+        for args in (one, other)
     )
     return ", ".join(f"{key} {a[key]!r} and {b[key]!r}" for key in a if a[key] != b[key])
-
-
-class NamedTables(nn.Module):
-    """Tables by name: a `nn.ModuleDict` that takes the names of its methods too, such as "values".
-
-    Args:
-        tables: what `bind_shared_tables` made.
-    """
-
-    def __init__(self, tables: Mapping[str, Table]) -> None:
-        super().__init__()
-        for name, table in tables.items():
-            self.add_module(name, table)
-
-    def __getitem__(self, name: str) -> nn.Module:
-        """The table of a name, or what has been put in its place."""
-        return self.get_submodule(name)
-
-    def __iter__(self) -> Iterator[str]:
-        """The names."""
-        return iter(self._modules)

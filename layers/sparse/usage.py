@@ -114,7 +114,7 @@ def with_shared_tables(model: nn.Module, by_layer: Mapping[str, Usage]) -> dict[
     for layer, usage in by_layer.items():
         for part in model.get_submodule(layer).children():
             if isinstance(part, SharedTable):
-                readers.setdefault(f"tables.{part.asked[-1].share}", []).append(usage)
+                readers.setdefault(part.name, []).append(usage)
     return {**by_layer, **{name: _together(usages) for name, usages in readers.items()}}
 
 

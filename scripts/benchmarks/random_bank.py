@@ -125,7 +125,7 @@ def make_models(sizes: Sizes, bank: StoredBank) -> tuple[LanguageModel, Language
     }
     base_model.load_state_dict(weights, assign=True)
     served.load_state_dict(weights, assign=True, strict=False)
-    served.use_bank(bank)
+    served.use_part("bank", bank)
     return served.eval(), base_model.eval()
 
 

@@ -4,7 +4,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mneme.harness.config.check import TARGET, Config
+from mneme.harness.config.build import TARGET
+from mneme.harness.config.check import Config
 
 Entries = Mapping[str, Any]
 

@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mneme.harness.config.check import TARGET, Config, ConfigError
+from mneme.harness.config.build import TARGET, TargetError, resolve_target
+from mneme.harness.config.check import Config, ConfigError
 from mneme.harness.config.compose import compose_checked
-from mneme.harness.config.targets import TargetError, resolve_target
 from mneme.harness.run.metrics_file import STEP, read_metrics
 from mneme.harness.run.run_directory import RunDirectory, RunError
 from mneme.storage.regular_file import read_regular

@@ -10,9 +10,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from mneme.harness.config.build import element_of, readable, signature_of, suggest
 from mneme.harness.config.check import check_value
-from mneme.harness.config.signatures import element_of, readable, signature_of
-from mneme.harness.config.targets import suggest
 from mneme.harness.run.run_directory import RunError
 from scripts.report import report_parser
 from scripts.reporting.columns import text

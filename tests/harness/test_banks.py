@@ -113,7 +113,7 @@ def test_frozen_parts_do_not_follow_what_they_read():
     memory = partial(ProductKeyMemory, heads=1, top_k=2, sub_keys=4, query_norm="batch")
     blocks = partial(HierarchicalFFN, bank=BankOptions(2, (4,)))
     model = LanguageModel(8, vocab_size=5, n_layers=1, pattern=[[memory, blocks]], dropout=0.5)
-    init_from.freeze_all_but_bank(model)
+    init_from.freeze_all_but(model, "bank")
     before = model_hash(model)
     state = model.init_state(3, torch.tensor([0, 1, 1]))
     model(torch.zeros(3, 4, dtype=torch.long), state).y.sum().backward()
@@ -124,6 +124,17 @@ def test_frozen_parts_do_not_follow_what_they_read():
     assert model.bank.training, "it still draws the generic block"
 
 
+@pytest.mark.parametrize("name", ["blocks.0", "norm"])
+def test_any_part_of_a_model_can_be_trained_alone(dense, name):
+    """In training mode it alone, so that the dropout of others does not act."""
+    config = compose_checked([*RARE, DROPOUT, f"train_only={name}"]).config
+    model = prepare(config).model
+    inside = {n for n, _ in model.named_parameters() if n.startswith(f"{name}.")}
+    assert inside == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert model.get_submodule(name).training
+    assert not model.dropout.training
+
+
 def test_a_run_that_was_stopped_goes_on_without_its_base_model(
     dense, banked, tmp_path, monkeypatch, capsys
 ):
@@ -132,7 +143,7 @@ def test_a_run_that_was_stopped_goes_on_without_its_base_model(
     with monkeypatch.context() as patch:
         patch.setattr("mneme.harness.run.checkpoints.StopOnSignal.end_of_step", stop_at_the_fourth)
         with pytest.raises(Interrupted):
-            train(stopped.path, *ALONE, DROPOUT, f"init_from={copy}", "save_bank_every=4")
+            train(stopped.path, *ALONE, DROPOUT, f"init_from={copy}", "callbacks.save_bank.every=4")
     assert read_manifest(stopped.bank).facts["step"] == 4
     shutil.rmtree(copy)
     resume_run(str(stopped.path))
@@ -189,10 +200,11 @@ def test_many_weights_that_do_not_fit_are_counted(dense, tmp_path):
         (["init_from=nowhere"], "init_from: there is no run at nowhere"),
         (["init_from={dense}", "task.seed=7"], "it was trained on the vocabulary"),
         (["init_from={dense}", "ffn=none"], r"in_proj\.weight \[96, 16\] has no place in this"),
-        (["train_only=bank"], "train_only: no layer of this model reads a memory bank"),
-        (["save_bank_every=3"], "save_bank_every: no layer of this model reads a memory bank"),
-        (["train_only=others", *BANK], "train_only: expected .*'bank'"),
-        (["save_bank_every=0", *BANK], r"save_bank_every \(0\) must be 1 or more"),
+        (["train_only=bank"], r"the model has no part 'bank' .*\(parts: blocks, embedding, norm\)"),
+        (["train_only=dropout"], "train_only: the model has no part 'dropout' to train"),
+        (["callbacks.save_bank.every=3"], "save_bank: no layer of this model reads a memory bank"),
+        (["callbacks.save_bank.every=0", *BANK], "save_bank: every must be 1 or more, got 0"),
+        (["save_bank_every=3"], "save_bank_every: this option is callbacks.save_bank.every now"),
         (["ffn=bank"], "lead to 4 leaves, and the model's bank has 64, 4 children at each of 3"),
     ],
 )
@@ -239,9 +251,14 @@ def test_a_finished_run_leaves_its_bank(banked):
     batch = task.train_batch(0)
     with torch.inference_mode():
         expected = model(batch.inputs, model.init_state(16, batch.route)).y
-        model.use_bank(StoredBank(banked.bank))
+        model.use_part("bank", StoredBank(banked.bank))
         assert torch.equal(model(batch.inputs, model.init_state(16, batch.route)).y, expected)
 
 
 def test_a_run_without_a_bank_leaves_none(dense):
     assert not dense.bank.exists()
+
+
+def test_a_bank_is_not_saved_by_a_run_without_the_callback(tmp_path):
+    run = train(tmp_path / "run", *BANK, "callbacks.save_bank=null", "trainer.max_steps=3")
+    assert not run.bank.exists()

@@ -151,7 +151,7 @@ def test_options_without_a_target_are_told_which_to_give():
 def test_the_options_of_a_table_can_be_given(ffn, where):
     built = build(compose_group("ffn", [f"ffn={ffn}", f"ffn.{where}table.update=rowwise"]))(16)
     updates = {m.options.update for m in built.modules() if isinstance(m, Table)}
-    shared = {m.asked[-1].update for m in built.modules() if isinstance(m, SharedTable)}
+    shared = {m.args["options"].update for m in built.modules() if isinstance(m, SharedTable)}
     assert updates | shared == {"rowwise"}
 
 

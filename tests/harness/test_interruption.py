@@ -22,7 +22,7 @@ RUN = (
     "trainer.val_check_interval=60",  # batches: 30 updates
     "checkpoint_every=7",
 )
-BANK = ("ffn=bank", "ffn.bank.branching=2", "ffn.bank.hidden=[4,4]", "save_bank_every=10")
+BANK = ("ffn=bank", "ffn.bank.branching=2", "ffn.bank.hidden=[4,4]", "callbacks.save_bank.every=10")
 
 
 def wait_for_step(run: RunDirectory, step: int) -> None:

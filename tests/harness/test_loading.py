@@ -81,7 +81,7 @@ def test_the_program_prints_prompt_and_text(run, capsys):
 
 
 def test_what_does_not_fit_is_refused(run, train_tiny):
-    with pytest.raises(RunError, match="reads no memory bank"):
+    with pytest.raises(RunError, match=r"route: no layer of the model of .* follows one"):
         run.generate("a", route=0)
     with pytest.raises(ValueError, match="temperature"):
         run.generate("a", temperature=-1)

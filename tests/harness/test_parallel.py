@@ -21,7 +21,7 @@ SHARED_TABLE = (
     "ffn.heads=1",
     "ffn.top_k=2",
     "ffn.table.share=memory",
-    "usage=true",
+    "callbacks=usage",
     "task.test_examples=12",  # three batches: the second process has a copy to leave out
 )
 

@@ -19,10 +19,11 @@ def test_an_old_config_is_one_of_today():
     config = compose_checked(["mixer=titans_lmm"]).config
     assert renamed(config) == config
     old = {**config, "start_from": config["init_from"], "mixer": OLD}
-    del old["init_from"]
+    del old["init_from"], old["callbacks"]
     old["model"] = {**old["model"], "layers": [{"parts": [OLD]}]}
     new = renamed(old)
     assert new["init_from"] is None
+    assert new["callbacks"] == config["callbacks"], "of before there were options for it"
     mixer = {
         "_target_": "layers.TestTimeMemory",
         "memory": OLD["memory"],
@@ -38,3 +39,17 @@ def test_an_old_config_is_one_of_today():
     check_config({**config, "mixer": new["mixer"]})
     with pytest.raises(ConfigError, match="retention"):
         check_config({**config, "mixer": OLD})
+
+
+@pytest.mark.parametrize(
+    ("options", "overrides"),
+    [
+        ({"usage": False, "save_bank_every": None}, []),
+        ({"usage": True, "save_bank_every": 7}, ["callbacks=usage", "callbacks.save_bank.every=7"]),
+        ({"usage": False}, []),
+    ],
+)
+def test_what_was_an_option_is_a_callback(options, overrides):
+    new = compose_checked(overrides).config
+    old = {key: value for key, value in new.items() if key != "callbacks"} | options
+    assert renamed(old) == new

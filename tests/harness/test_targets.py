@@ -2,10 +2,9 @@
 
 import pytest
 
-from mneme.harness.config.build import build
+from mneme.harness.config.build import TargetError, build, resolve_target
 from mneme.harness.config.check import ConfigError
 from mneme.harness.config.compose import compose_checked
-from mneme.harness.config.targets import TargetError, resolve_target
 from mneme.layers import GatedDeltaNet
 
 

@@ -6,11 +6,10 @@ import shutil
 import pytest
 import torch
 
-from mneme.harness.config.build import build
+from mneme.harness.config.build import TargetError, build, resolve_target
 from mneme.harness.config.check import ConfigError
 from mneme.harness.config.compose import compose_checked
 from mneme.harness.config.schema import check_config
-from mneme.harness.config.targets import TargetError, resolve_target
 from mneme.harness.evaluate.eval_command import evaluate_command
 from mneme.harness.run.checkpoints import read_checkpoint
 from mneme.harness.run.jobs import resume_run
@@ -185,7 +184,14 @@ ELSEWHERE = {
     "lightning.pytorch.callbacks.ModelCheckpoint": {"dirpath": "PLACE"},
     "lightning.pytorch.strategies.DeepSpeedStrategy": {"nvme_path": "PLACE"},
 }
-PLACES = ["logger", "trainer.profiler", "trainer.strategy", "model.final_norm", "task.pairs"]
+PLACES = [
+    "logger",
+    "trainer.profiler",
+    "trainer.strategy",
+    "model.final_norm",
+    "task.pairs",
+    "callbacks.more",
+]
 
 
 @pytest.mark.parametrize("target", ELSEWHERE)

@@ -16,6 +16,7 @@ from mneme.harness.evaluate import eval_command
 from mneme.harness.evaluate.eval_command import evaluate_command
 from mneme.harness.evaluate.evaluation import restore_model
 from mneme.harness.evaluate.usage_page import HEIGHT, LEFT, TOP, WIDTH, print_usage, write_usage
+from mneme.harness.run.callbacks import LogUsage
 from mneme.harness.run.checkpoints import read_checkpoint
 from mneme.harness.run.jobs import start_run
 from mneme.harness.run.metrics_file import read_metrics
@@ -34,7 +35,7 @@ TABLES = ["ffn=memory_plus", "ffn.sub_keys=4", "ffn.heads=2", "ffn.top_k=3"]
 def metered(tmp_path_factory):
     """A run of two blocks that read one table, which nothing here changes but to add to it."""
     path = tmp_path_factory.mktemp("usage") / "run"
-    return start_run(compose_checked([*TINY, *TABLES, "usage=true", f"run_dir={path}"]))[0]
+    return start_run(compose_checked([*TINY, *TABLES, "callbacks=usage", f"run_dir={path}"]))[0]
 
 
 def by_hand(run, file, split) -> dict[str, dict[str, float]]:
@@ -118,8 +119,26 @@ def test_usage_of_a_checkpoint_without_its_run_is_refused(metered, tmp_path):
 
 def test_a_model_without_tables_is_refused_before_it_trains(tmp_path):
     with pytest.raises(ConfigError, match="usage: no layer of this model reads a table"):
-        start_run(compose_checked([*TINY, "usage=true", f"run_dir={tmp_path / 'run'}"]))
+        start_run(compose_checked([*TINY, "callbacks=usage", f"run_dir={tmp_path / 'run'}"]))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_option_of_before_is_answered_by_the_one_of_today():
+    with pytest.raises(ConfigError, match="usage: this option is callbacks=usage now") as caught:
+        compose_checked([*TINY, "usage=true"])
+    assert len(caught.value.problems) == 1
+
+
+def test_a_validation_that_fails_leaves_no_meter_behind():
+    memory = ProductKeyMemory(8, heads=1, top_k=2, sub_keys=4)
+    callback, tokens = LogUsage(), torch.randn(1, 3, 8)
+    batch = Batch(torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.long), {})
+    callback.on_validation_batch_start(None, None, batch, 0)
+    memory(tokens)
+    callback.on_exception()
+    memory(tokens)
+    (usage,) = callback.meter.by_layer(memory).values()
+    assert usage.tokens == 3
 
 
 def test_a_model_without_tables_is_refused_before_it_is_evaluated(train_tiny, monkeypatch):
@@ -146,12 +165,14 @@ def test_copies_that_even_out_the_ranks_are_not_metered(batches):
             optimizer=partial(torch.optim.SGD, lr=0.1),
             schedule=Constant(),
             metrics=partial(RecallMetrics, {}),
-            usage=True,
         )
+        callback = LogUsage()
         with torch.no_grad():
             for i, batch in enumerate(deal(series, rank, ranks)):
+                callback.on_validation_batch_start(None, module, batch, i)
                 module.validation_step(batch, i)
-        return module.usage.by_layer(model)
+                callback.on_validation_batch_end()
+        return callback.meter.by_layer(model)
 
     (whole,), *parts = (use(0, 1).values(), *(use(rank, 2) for rank in range(2)))
     assert list(parts[0]) == list(parts[1]), "they are added up layer by layer"

@@ -372,7 +372,7 @@ def test_a_model_without_tables_is_refused(tmp_path):
 def test_a_table_that_the_model_does_not_own_is_refused(tmp_path):
     layers = nn.ModuleList([MEMORIES["ProductKeyMemory"](7, table=o) for o in (DENSE, SHARED)])
     store_tables(layers, tmp_path, bits=8)
-    with pytest.raises(ValueError, match=r"1\.values reads the table 'facts', which is not this"):
+    with pytest.raises(ValueError, match=r"1\.values reads tables\.facts, which is not this"):
         replace_tables(layers, tmp_path)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mneme.layers import LAYERS, MLP, ProductKeyMemory, TableOptions, bind_shared_tables
+from mneme.layers import LAYERS, MLP, ProductKeyMemory, TableOptions, bind_shared_parts
 from mneme.layers.sparse.table import Table, make_table
 from mneme.models import LanguageModel, budget, make_optimizer
 from tests.helpers import assert_close, assert_order_of_tokens_means_nothing
@@ -128,8 +128,8 @@ def test_a_shared_table_without_a_model_says_what_to_do():
     with pytest.raises(ValueError, match="'facts' is shared, and no model owns it yet"):
         layer(torch.randn(1, 2, 8))
     holder = nn.ModuleList([layer])
-    tables = bind_shared_tables(holder)
-    assert list(tables) == ["facts"]
+    tables = bind_shared_parts(holder)
+    assert list(tables) == ["tables.facts"]
     assert layer(torch.randn(1, 2, 8)).y.shape == (1, 2, 8)
 
 

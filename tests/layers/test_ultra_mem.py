@@ -10,7 +10,7 @@ from mneme.layers import (
     TuckerScores,
     UltraMem,
     UltraMemV2,
-    bind_shared_tables,
+    bind_shared_parts,
 )
 from mneme.layers.sparse.ultra_mem import QUERY_PER_RANK, matched_std
 from mneme.layers.sparse.ultra_mem_keys import TuckerKeys, VirtualSlots, unevenness
@@ -269,7 +269,7 @@ def test_active_parameters_leave_out_rows_that_are_not_read(cls):
 def test_layers_can_share_their_tables(cls):
     shared = TableOptions(update="dense", share="memory")
     layers = torch.nn.ModuleList([small(cls, table=shared), small(cls, table=shared)])
-    tables = bind_shared_tables(layers)
+    tables = bind_shared_parts(layers)
     assert len(tables) == (1 if cls is UltraMem else 2)
     x = normal(1, 3, 16)
     sum(layer(x).y.sum() for layer in layers.double()).backward()

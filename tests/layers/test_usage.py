@@ -15,7 +15,7 @@ from mneme.layers import (
     UltraMem,
     Usage,
     UsageMeter,
-    bind_shared_tables,
+    bind_shared_parts,
     metering,
     reads_tables,
     with_shared_tables,
@@ -104,7 +104,7 @@ def test_layers_that_have_a_table_report_their_reads_and_no_others(name, example
     layer = example_layer(name, example)
     if not reads_tables(layer):
         return
-    bind_shared_tables(layer)
+    bind_shared_parts(layer)
     with torch.no_grad(), metering() as meter:
         layer(example_input(name))
     assert meter.by_layer(layer)
@@ -145,7 +145,7 @@ def test_a_shared_table_has_an_entry_that_sums_those_of_its_readers():
 
 def test_a_layer_with_two_shared_tables_has_two_entries():
     layer = PEER(8, heads=2, top_k=3, sub_keys=4, table=SHARED)
-    bind_shared_tables(layer)
+    bind_shared_parts(layer)
     usage = with_shared_tables(layer, read(layer, torch.randn(2, 5, 8)))
     assert set(usage) == {"", "tables.facts_down", "tables.facts_up"}
     assert torch.equal(usage["tables.facts_up"].totals, usage[""].totals)
@@ -162,7 +162,7 @@ def test_readers_that_cut_a_table_into_values_of_two_sizes_meet_in_its_rows():
         8, top_k=2, sub_keys=2, value_dim=16, table=options, scoring=TuckerScores(cores=4)
     )
     both = nn.Sequential(whole, sliced)
-    bind_shared_tables(both)
+    bind_shared_parts(both)
     with torch.no_grad(), metering() as meter:
         for layer in both:
             layer(torch.randn(1, 3, 8))

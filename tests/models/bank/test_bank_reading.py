@@ -398,7 +398,7 @@ def test_a_model_with_a_stored_bank_gives_the_same_logits(tmp_path, kind):
     with torch.inference_mode():
         expected = model(tokens, model.init_state(2, route)).y
         generic = model(tokens).y
-        model.use_bank(StoredBank(tmp_path))
+        model.use_part("bank", StoredBank(tmp_path))
         assert torch.equal(model(tokens, model.init_state(2, route)).y, expected)
         assert torch.equal(model(tokens).y, generic)
     assert not torch.equal(expected[0], generic[0])
