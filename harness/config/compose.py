@@ -5,11 +5,13 @@ constructors (`mneme.harness.config.check`) then reports all of them with what w
 """
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
+from itertools import product, takewhile
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
@@ -45,6 +47,9 @@ SHOW_FLAGS = {"-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 _NOTHING = ("none", "null", "no", "off", "false", "0", "nothing")
 Options = TypeVar("Options")  # of a program, a dataclass
+OmegaConf.register_new_resolver(  # of configs/train.yaml, for --help alone
+    "described_groups", lambda: described_groups(), replace=True
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,25 @@ def compose_group(group: str, overrides: Sequence[str]) -> Config:
     """One group of a composed and checked config."""
     node: Config = compose_checked(overrides).config[group]
     return node
+
+
+def described_groups() -> str:
+    """What `--help` lists: every group, and a line for each of its files, from its comment."""
+    lines = []
+    for folder in sorted(path for path in CONFIG_DIR.iterdir() if path.is_dir()):
+        files = sorted(folder.glob("*.yaml"))
+        width = max(len(file.stem) for file in files)
+        lines += ["", folder.name]
+        lines += [f"  {file.stem:{width}}  {_first_sentence(file)}" for file in files]
+    return "\n".join(lines[1:])
+
+
+def _first_sentence(file: Path) -> str:
+    """Of the comment that a config begins with, but for lines that are commands."""
+    lines = takewhile(lambda line: line.startswith("#"), file.read_text("utf-8").splitlines())
+    said = [line.lstrip("# ") for line in lines]
+    words = " ".join(s for s in said if not s.startswith(("@package", "python ", "make ")))
+    return shorten(re.split(r"(?<=[^.]\.) ", words)[0].rstrip("."), 100, placeholder=" ...")
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
