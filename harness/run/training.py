@@ -1,14 +1,20 @@
 """One training run, from a checked config to a summary.
 
-An update, in the order in which things happen; callbacks are called in the order of `_trainer`:
+What is called in one step, from top to bottom (`SequenceModule` is in `mneme.models`):
 
-    on_train_batch_start     SequenceModule: the seed of the batch
-    training_step            SequenceModule: forward pass, loss; then backward
-    optimizer step           SequenceModule: norms, clipping, the row of the update; models/optim.py
-    on_train_batch_end       no validation follows: end_of_step, see below
-    validation, if due       SequenceModule: metrics; chosen callbacks add their figures to the row
-    on_validation_end        Stopwatch goes on; Checkpoints keeps the best; then end_of_step
-      end_of_step            Checkpoints: last.ckpt, if due; chosen callbacks; StopOnSignal, last
+    on_train_batch_start         SequenceModule reseeds
+    training_step, backward      SequenceModule
+    on_before_optimizer_step     SequenceModule averages rows over processes
+    clipping                     SequenceModule clips, and writes the row of the update
+    optimizer, schedule
+    on_train_batch_end           end_of_step below, unless half accumulated or a validation follows
+    validation, where one follows:
+      on_validation_start        Stopwatch pauses
+      each batch                 callbacks of the config (LogUsage) around validation_step
+      on_validation_epoch_end    callbacks of the config, then SequenceModule writes the row
+      on_validation_end          Stopwatch goes on; Checkpoints keeps best.ckpt; then end_of_step
+    end_of_step                  Checkpoints (last.ckpt), callbacks of the config in their order
+                                 (SaveBank), StopOnSignal last, as it ends the run
 """
 
 from collections.abc import Iterator, Sequence
