@@ -46,7 +46,7 @@ class HierarchicalFFN(SwiGLU, RoutedLayer):
         multiple_of: that width is rounded up to a multiple of this; default 8.
         bank: what blocks are, and how training writes them.
 
-    State: `[B, R, W]` with W = 3 D numbers of a unit for "ffn", 3 (D + hidden width) for "lora",
+    State: `[B, R, W]` with W = 3 D elements of a unit for "ffn", 3 (D + hidden width) for "lora",
     2 D for "kv". Budgets charge fetched blocks as state, as they belong to one sequence: in a batch
     they are read once for each, where weights are read once for all.
 
@@ -123,7 +123,7 @@ def shape_of(layers: list[HierarchicalFFN]) -> BankShape:
         if (layer.options, layer.width) != (first.options, first.width):
             raise ValueError(
                 "the layers of a model share one bank, and these ask for different ones: "
-                f"{first.options} with {first.width} numbers a unit and {layer.options} with "
+                f"{first.options} with {first.width} elements a unit and {layer.options} with "
                 f"{layer.width}"
             )
     options = first.options
