@@ -16,18 +16,16 @@ from omegaconf.errors import OmegaConfBaseException
 from mneme.harness.config.check import ConfigError, refused
 from mneme.harness.run.run_directory import RunError, TaskMismatchError
 from mneme.harness.run.signals import Interrupted, interruptible
-from mneme.models.bank import BankError
 from mneme.models.diagnosis import NonFiniteError
 from mneme.routers import RouterError
-from mneme.storage.quantized_rows import TableFileError
+from mneme.storage.files import StorageError
 
 USER_ERRORS = (
     ConfigError,
     TaskMismatchError,
     RunError,
-    BankError,
     RouterError,
-    TableFileError,
+    StorageError,
     HydraException,
     OmegaConfBaseException,
 )

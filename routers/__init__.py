@@ -1,7 +1,8 @@
 """Routers: from a text to the leaf of a tree, and so to the blocks of a hierarchical memory bank.
 
 A frozen embedder turns a text into a vector; a tree of centroids, made by balanced k-means, turns
-the vector into a leaf id. This package imports nothing else of the project, and no torch.
+the vector into a leaf id. Of the project this package imports only how files are written
+(`mneme.storage.files`), and no torch.
 """
 
 if __name__ != "mneme.routers":  # under two names, it would be two packages

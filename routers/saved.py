@@ -7,8 +7,6 @@ written last and replaced whole, so a folder is at every moment the router that 
 import hashlib
 import io
 import json
-import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +16,7 @@ import numpy as np
 
 from mneme.routers.embedders import Arrays
 from mneme.routers.errors import RouterError
+from mneme.storage.files import read_regular, replacing
 
 NAME = "router.json"
 
@@ -49,8 +48,12 @@ def write(folder: Path, description: Mapping[str, Any], arrays: Arrays) -> None:
     told = {"format": _FORMAT, "hash": identity, "arrays": sha256, "router": description}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(file, content.getvalue())
-        _replace(folder / NAME, (json.dumps(told, indent=2) + "\n").encode())
+        for path, data in (
+            (file, content.getvalue()),
+            (folder / NAME, (json.dumps(told, indent=2) + "\n").encode()),
+        ):
+            with replacing(path) as opened:
+                opened.write(data)
         for old in folder.glob(_arrays_of(folder, "*").name):
             if old != file:
                 old.unlink()
@@ -65,10 +68,8 @@ def read(folder: Path) -> tuple[dict[str, Any], Arrays]:
         RouterError: a file is not there, or not as it was written.
     """
     file = folder / NAME
-    if not file.is_file():  # a fifo would be waited for
-        raise RouterError(f"{folder} has no router that can be read: {file} is no file")
     try:
-        told = json.loads(file.read_bytes())
+        told = json.loads(read_regular(file))
         version, identity, sha256 = told["format"], str(told["hash"]), told["arrays"]
         description = dict(told["router"])
     except OSError as error:
@@ -90,10 +91,8 @@ def _arrays_of(folder: Path, identity: str) -> Path:
 
 
 def _read_arrays(file: Path, sha256: str) -> Arrays:
-    if not file.is_file():
-        raise RouterError(f"cannot read the router's arrays: {file} is no file")
     try:
-        content = file.read_bytes()
+        content = read_regular(file)
     except OSError as error:
         raise RouterError(f"cannot read the router's arrays: {error}") from error
     if hashlib.sha256(content).hexdigest() != sha256:
@@ -103,17 +102,3 @@ def _read_arrays(file: Path, sha256: str) -> Arrays:
             return dict(arrays)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise RouterError(f"{file} is no file of arrays: {error}") from error
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Writes a file that takes the place of another when all is on disk, and never in part."""
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "wb") as opened:
-            opened.write(content)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -142,23 +142,23 @@ def run(arguments: Sequence[str]) -> Losses:
     Raises:
         RunError: a file or the model cannot be used, or options do not fit them.
     """
-    asked = _parser().parse_args(arguments)
-    torch.manual_seed(asked.seed)
+    options = _parser().parse_args(arguments)
+    torch.manual_seed(options.seed)
     with _blamed():
-        router = Router.load(asked.router)
-        options = BankOptions(router.branching, _units(asked.hidden, router.depth))
-        model, tokenizer = _load(asked.model)
-        examples = read_examples(asked.texts, tokenizer, router, asked.length)
-        attached = attach_bank(model, options)
-        asked.out.mkdir(parents=True, exist_ok=True)  # not only after training
+        router = Router.load(options.router)
+        bank = BankOptions(router.branching, _units(options.hidden, router.depth))
+        model, tokenizer = _load(options.model)
+        examples = read_examples(options.texts, tokenizer, router, options.length)
+        attached = attach_bank(model, bank)
+        options.out.mkdir(parents=True, exist_ok=True)  # not only after training
     print(attached.bank, flush=True)
     training = [e for i, e in enumerate(examples) if i % HELD_OUT]
-    train(attached, training, steps=asked.steps, lr=asked.lr, batch=asked.batch)
+    train(attached, training, steps=options.steps, lr=options.lr, batch=options.batch)
     with _blamed():
-        attached.save(asked.out, router=router.hash)
+        attached.save(options.out, router=router.hash)
     held_out = examples[::HELD_OUT]
-    losses = measure(attached, held_out, asked.batch)
-    print(f"saved to {asked.out}. Loss of {len(held_out)} held-out texts, nats per token:")
+    losses = measure(attached, held_out, options.batch)
+    print(f"saved to {options.out}. Loss of {len(held_out)} held-out texts, nats per token:")
     for name, value in losses._asdict().items():
         print(f"  {name:<8} {value:.4f}")
     return losses
@@ -184,8 +184,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _comma_separated(numbers: str) -> tuple[int, ...]:
-    return tuple(map(whole_number(1), numbers.split(",")))
+def _comma_separated(text: str) -> tuple[int, ...]:
+    return tuple(map(whole_number(1), text.split(",")))
 
 
 @contextmanager

@@ -155,8 +155,8 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         RunError: no run there, or one without a bank, or without routes of facts.
     """
-    asked = _parser().parse_args(arguments)
-    directory, file = find_run(asked.run)
+    options = _parser().parse_args(arguments)
+    directory, file = find_run(options.run)
     checkpoint = read_checkpoint(file or directory.last)
     config = checkpoint_config(checkpoint)
     check_config(config)
@@ -169,18 +169,18 @@ def run(arguments: Sequence[str]) -> None:
         model,
         task,
         precision=run_precision(config),
-        leaves=asked.leaves,
-        seed=asked.seed,
-        split=asked.split,
+        leaves=options.leaves,
+        seed=options.seed,
+        split=options.split,
     )
     remarks = [
         f"Each row: blocks set to zero, all {len(task.exposures.times):,} facts asked by the route "
         f"of their {task.arms[0]}, told or not, and the blocks put back.",
         "Nothing can happen to other facts where only the last block is deleted: a check. Blocks "
         "above it are shared with other leaves.",
-        f"Leaves drawn with seed {asked.seed} from the half of all that most facts read.",
+        f"Leaves drawn with seed {options.seed} from the half of all that most facts read.",
     ]
-    publish(measured([_row(deletion) for deletion in found], remarks, [config["seed"]]), asked)
+    publish(measured([_row(deletion) for deletion in found], remarks, [config["seed"]]), options)
 
 
 def _task(config: Config) -> RareFacts:

@@ -18,10 +18,11 @@ from typing import get_args
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mneme.harness.cli import number, report_errors, whole_number
-from mneme.harness.evaluate.serving import Answer, Served, answer, load
+from mneme.harness.evaluate.serving import Answer, ServedModel, answer, load
 from mneme.harness.run.run_directory import RunError, find_run
 from mneme.layers import GENERIC
-from mneme.models.bank.reading import Read
+from mneme.storage.reading import Read
+from scripts.benchmarks.peak import resident
 
 MIB = 2**20
 
@@ -31,26 +32,26 @@ def run(arguments: Sequence[str]) -> None:
 
     Raises:
         RunError: as `load` and `answer`, or a prompt has no route.
-        BankError, RouterError: as `load`.
+        StorageError, RouterError: as `load`.
     """
-    asked, before = _asked(arguments), _resident()
-    directory, file = find_run(asked.run)
+    options, before = _options(arguments), resident("VmRSS")
+    directory, file = find_run(options.run)
     served = load(
         directory,
         file or directory.last,
-        asked.bank or directory.bank,
-        cache_bytes=int(asked.cache_mib * MIB),
-        read=asked.read,
+        options.bank or directory.bank,
+        cache_bytes=int(options.cache_mib * MIB),
+        read=options.read,
     )
     with closing(served.bank):
         print(_opening(served))
-        prompts = _prompts(asked)
-        answers = [given for prompt in prompts for given in _served(served, prompt, asked)]
-        memory = f"{_resident()} MiB of resident memory, {before} before"
+        prompts = _prompts(options)
+        answers = [given for prompt in prompts for given in _served(served, prompt, options)]
+        memory = f"{resident('VmRSS'):.0f} MiB of resident memory, {before:.0f} before"
     print(f"{_closing(served, answers)}; {memory}")
 
 
-def _asked(arguments: Sequence[str]) -> argparse.Namespace:
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python scripts/serve_bank.py", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="a run directory, or one of its checkpoints")
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="default: lines of stdin")
@@ -73,26 +74,26 @@ def leaf(text: str) -> int:
     return GENERIC if text == "generic" else int(text)
 
 
-def _prompts(asked: argparse.Namespace) -> Iterator[str]:
-    lines = asked.prompts or (line.strip() for line in sys.stdin)
-    return (line for line in lines if line or asked.prompts)
+def _prompts(options: argparse.Namespace) -> Iterator[str]:
+    lines = options.prompts or (line.strip() for line in sys.stdin)
+    return (line for line in lines if line or options.prompts)
 
 
-def _served(served: Served, prompt: str, asked: argparse.Namespace) -> Iterator[Answer]:
+def _served(served: ServedModel, prompt: str, options: argparse.Namespace) -> Iterator[Answer]:
     """Answers a prompt, with the generic block as well if asked, and prints the answers."""
     print(f"\n{prompt}", flush=True)
-    routes = [_route_of(served, prompt, asked.route)]
-    if asked.compare and GENERIC not in routes:
+    routes = [_route_of(served, prompt, options.route)]
+    if options.compare and GENERIC not in routes:
         routes.append(GENERIC)
     for route in routes:
         given = answer(
-            served, prompt, route=route, tokens=asked.tokens, temperature=asked.temperature
+            served, prompt, route=route, tokens=options.tokens, temperature=options.temperature
         )
         print(_line(served, given), flush=True)
         yield given
 
 
-def _route_of(served: Served, prompt: str, given: int | None) -> int:
+def _route_of(served: ServedModel, prompt: str, given: int | None) -> int:
     if given is not None:
         leaves = served.bank.shape.leaves
         if not GENERIC <= given < leaves:
@@ -106,14 +107,14 @@ def _route_of(served: Served, prompt: str, given: int | None) -> int:
     return int(served.router.route([prompt])[0])
 
 
-def _line(served: Served, given: Answer) -> str:
+def _line(served: ServedModel, given: Answer) -> str:
     """The answer, and what it cost."""
     speed = f", {1 / given.decode:,.0f} tokens/s" if given.decode is not None else ""
     costs = f"fetch {1e3 * given.fetch:.2f} ms, prefill {1e3 * given.prefill:.2f} ms{speed}"
     return f"  {given.text}\n    {_where(served, given)}; {costs}"
 
 
-def _where(served: Served, given: Answer) -> str:
+def _where(served: ServedModel, given: Answer) -> str:
     if given.route == GENERIC:
         return "generic block"
     shape = served.bank.shape
@@ -122,17 +123,17 @@ def _where(served: Served, given: Answer) -> str:
     return f"route {given.route}, path {path}, {found if given.misses else 'warm'}"
 
 
-def _opening(served: Served) -> str:
+def _opening(served: ServedModel) -> str:
     shape, facts = served.bank.shape, served.bank.manifest.facts
     own = sum(p.numel() for p in served.model.parameters())
     ways = ", ".join(f"level {level} by {way}" for level, way in served.bank.ways.items())
     return (
-        f"{own:,} numbers in memory; a bank of {shape.parameters:,} on disk (step "
+        f"{own:,} parameters in memory; a bank of {shape.parameters:,} on disk (step "
         f"{facts.get('step')}), of which a prompt reads {shape.fetched:,}; {ways}"
     )
 
 
-def _closing(served: Served, answers: Sequence[Answer]) -> str:
+def _closing(served: ServedModel, answers: Sequence[Answer]) -> str:
     reads = served.bank.reads
     fetched = [given for given in answers if given.route != GENERIC]
     blocks = max(1, reads.hits + reads.misses)
@@ -148,16 +149,6 @@ def _closing(served: Served, answers: Sequence[Answer]) -> str:
         f"\n{len(answers)} answers; {reads.hits / blocks:.0%} of blocks from the cache, "
         f"{reads.file_bytes / MIB:.2f} MiB read; median fetch: {', '.join(times)}"
     )
-
-
-def _resident() -> str:
-    """MiB of this process, if the system says so."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:  # not on Linux
-        return "unknown"
-    (size,) = (line.split()[1] for line in lines if line.startswith("VmRSS:"))
-    return f"{int(size) / 1024:.0f}"
 
 
 if __name__ == "__main__":

@@ -32,11 +32,13 @@ from mneme.harness.run.checkpoints import (
 from mneme.harness.run.precision import run_precision
 from mneme.harness.run.run_directory import RunDirectory, RunError, find_run
 from mneme.harness.run.training import build_model
-from mneme.layers.sparse.stored_table import Reads, StoredTable, replace_tables, store_tables
+from mneme.layers.sparse.stored_table import RowReads, StoredTable, replace_tables, store_tables
 from mneme.layers.sparse.table import Table
 from mneme.models import LanguageModel
-from mneme.storage.quantized_rows import TableFile, TableFileError
+from mneme.storage.files import StorageError
+from mneme.storage.quantized_rows import TableFile
 from mneme.tasks.base import EvalSplit, Task
+from scripts.benchmarks.peak import resident
 from scripts.reporting.measured import measured, publish
 
 MODEL = "model.ckpt"  # beside the tables: the rest of the model, and the checksum of each table
@@ -45,7 +47,7 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Served:
+class ServingCosts:
     """What a process that served a model has measured.
 
     Attributes:
@@ -58,7 +60,7 @@ class Served:
 
     evaluation: Evaluation
     table_bytes: int
-    reads: Reads
+    reads: RowReads
     before: dict[str, float]
     after: dict[str, float]
 
@@ -105,7 +107,7 @@ def damages(folder: Path) -> list[str]:
             table = TableFile(folder / name)
             _check_own(table, checksums)
             table.verify()
-        except TableFileError as error:
+        except StorageError as error:
             found.append(str(error))
     return found
 
@@ -119,9 +121,9 @@ def _checksums(model: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _check_own(table: TableFile, checksums: Mapping[str, int]) -> None:
-    """Raises TableFileError for a table of the same shape that is another model's."""
+    """Raises StorageError for a table of the same shape that is another model's."""
     if checksums.get(table.path.name) != table.checksum:
-        raise TableFileError(
+        raise StorageError(
             f"{table.path} is not the table that was stored with {MODEL}; store both again"
         )
 
@@ -133,7 +135,7 @@ def served_model(folder: Path, *, cache_bytes: int) -> LanguageModel:
 
     Raises:
         RunError: the folder has no model.
-        TableFileError: a table's file cannot be used, or was not stored with this model.
+        StorageError: a table's file cannot be used, or was not stored with this model.
     """
     read = read_checkpoint(folder / MODEL)
     config = checkpoint_config(read)
@@ -150,7 +152,7 @@ def served_model(folder: Path, *, cache_bytes: int) -> LanguageModel:
     return model.to(device).eval()
 
 
-def measure(where: Path, *, split: EvalSplit, cache_bytes: int) -> Served:
+def measure(where: Path, *, split: EvalSplit, cache_bytes: int) -> ServingCosts:
     """Serves and evaluates a model in this process.
 
     Args:
@@ -158,7 +160,7 @@ def measure(where: Path, *, split: EvalSplit, cache_bytes: int) -> Served:
         split: of the run's task.
         cache_bytes: for all stored tables together.
     """
-    before = resident()
+    before = _memory()
     stored = where.is_dir()
     read = read_checkpoint(where / MODEL if stored else where)
     config, vocabulary = checkpoint_config(read), checkpoint_vocabulary(read)
@@ -169,18 +171,18 @@ def measure(where: Path, *, split: EvalSplit, cache_bytes: int) -> Served:
     check_fit(vocabulary, model, task)
     evaluation = evaluate(model, task, precision=run_precision(config), split=split)
     gc.collect()
-    after = resident()
-    return Served(evaluation, _table_bytes(model), _reads(model), before, after)
+    after = _memory()
+    return ServingCosts(evaluation, _table_bytes(model), _reads(model), before, after)
 
 
 def _table_bytes(model: LanguageModel) -> int:
-    stored = {m.file.path: m.file.layout.file for m in _stored(model)}
+    stored = {m.file.path: m.file.layout.file_bytes for m in _stored(model)}
     held = [m.weight.nbytes for m in model.modules() if isinstance(m, Table)]
     return sum(stored.values()) + sum(held)
 
 
-def _reads(model: LanguageModel) -> Reads:
-    total = Reads()
+def _reads(model: LanguageModel) -> RowReads:
+    total = RowReads()
     for table in _stored(model):
         for name, value in vars(table.reads).items():
             setattr(total, name, getattr(total, name) + value)
@@ -191,15 +193,9 @@ def _stored(model: LanguageModel) -> list[StoredTable]:
     return [module for module in model.modules() if isinstance(module, StoredTable)]
 
 
-def resident() -> dict[str, float]:
+def _memory() -> dict[str, float]:
     """MiB of this process's memory: `RssAnon`, its own, and `RssFile`, which mapped files fill."""
-    kinds = ("RssAnon", "RssFile")
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:  # not on Linux
-        return dict.fromkeys(kinds, float("nan"))
-    found = dict(line.split(":", 1) for line in lines)
-    return {kind: int(found[kind].split()[0]) / 1024 for kind in kinds}
+    return {kind: resident(kind) for kind in ("RssAnon", "RssFile")}
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -208,23 +204,25 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         RunError: no run there, or one without tables, or with damaged ones.
     """
-    asked = _parser().parse_args(arguments)
-    directory, file = find_run(asked.run)
-    if asked.verify:
-        _verify([f for bits in asked.bits if (f := _folder(directory, bits)).exists()], directory)
+    options = _parser().parse_args(arguments)
+    directory, file = find_run(options.run)
+    if options.verify:
+        _verify([f for bits in options.bits if (f := _folder(directory, bits)).exists()], directory)
         return
     checkpoint = file or directory.best
     forms = {"fp32 in memory": checkpoint}
-    for bits in asked.bits:
+    for bits in options.bits:
         forms[f"{bits} bits in a file"] = export(directory, checkpoint, bits)
     served = {
-        name: _in_a_process(where, asked.split, int(asked.cache_mb * MIB))
+        name: _in_a_process(where, options.split, int(options.cache_mb * MIB))
         for name, where in forms.items()
     }
     config = checkpoint_config(read_checkpoint(checkpoint))
     task: Task = build(config["task"])
-    report = measured(_rows(served, task, asked.split), _remarks(served, asked), [config["seed"]])
-    publish(report, asked)
+    report = measured(
+        _rows(served, task, options.split), _remarks(served, options), [config["seed"]]
+    )
+    publish(report, options)
 
 
 def _verify(folders: Sequence[Path], directory: RunDirectory) -> None:
@@ -260,18 +258,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _in_a_process(where: Path, split: EvalSplit, cache_bytes: int) -> Served:
+def _in_a_process(where: Path, split: EvalSplit, cache_bytes: int) -> ServingCosts:
     """`measure` in a new process, whose memory nothing else has used."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(measure, where, split=split, cache_bytes=cache_bytes).result()
 
 
-def _rows(served: Mapping[str, Served], task: Task, split: str) -> list[dict[str, str]]:
+def _rows(served: Mapping[str, ServingCosts], task: Task, split: str) -> list[dict[str, str]]:
     sign = {"max": 1.0, "min": -1.0}[task.monitor_mode]
     exact, *_ = served.values()
 
-    def lost(form: Served, metric: str, better: float) -> str:
+    def lost(form: ServingCosts, metric: str, better: float) -> str:
         change = exact.evaluation.metrics[metric] - form.evaluation.metrics[metric]
         return "" if form is exact else f"{better * change:+.4f}"
 
@@ -298,13 +296,13 @@ def _rows(served: Mapping[str, Served], task: Task, split: str) -> list[dict[str
     return rows
 
 
-def _remarks(served: Mapping[str, Served], asked: argparse.Namespace) -> list[str]:
+def _remarks(served: Mapping[str, ServingCosts], options: argparse.Namespace) -> list[str]:
     befores = [form.before for form in served.values()]
     anonymous, mapped = (max(b[kind] for b in befores) for kind in ("RssAnon", "RssFile"))
     return [
         "Lost: against fp32, above 0 where it is worse.",
         "Rows read: distinct ones of a call, by the time that looking them up, reading and "
-        f"decoding them took; caches of {asked.cache_mb:g} MiB, at first empty. Files had just "
+        f"decoding them took; caches of {options.cache_mb:g} MiB, at first empty. Files had just "
         "been written, so that the system had them in memory still.",
         "RssAnon and RssFile: resident memory of a process that has served the evaluation, its own "
         "and that of mapped files, which the system takes back when it needs to; before the model "

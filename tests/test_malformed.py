@@ -32,6 +32,7 @@ from mneme.harness.run.run_directory import RunDirectory
 from mneme.harness.run.training import prepare
 from scripts import (
     attach_bank,
+    bank,
     bench,
     class_incremental,
     collapse,
@@ -233,6 +234,9 @@ def test_a_command_of_train_with_a_mistake_is_refused(words):
         (serve_bank.run, ["{run}", "--tokens=0"]),
         (serve_bank.run, ["{run}", "--route=banana"]),
         (serve_bank.run, ["{run}", "--route=10000000000000000000000", "the"]),
+        (bank.run, ["verify", "/nowhere"]),
+        (bank.run, ["compact", "{run}"]),
+        (bank.run, ["banana", "{run}"]),
         (delete_blocks.run, ["{run}", "--leaves=-1"]),
         (delete_blocks.run, ["/dev/null"]),
         (store_tables.run, ["{run}"]),

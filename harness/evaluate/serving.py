@@ -24,10 +24,9 @@ from mneme.harness.run.run_directory import RunDirectory, RunError
 from mneme.layers import SharedPart
 from mneme.layers.bank.memory_bank import BANK
 from mneme.models import LanguageModel, generate
-from mneme.models.bank import model_hash
-from mneme.models.bank.reading import Read
-from mneme.models.bank.stored import StoredBank
+from mneme.models.bank import StoredBank, model_hash
 from mneme.routers import Router
+from mneme.storage.reading import Read
 from mneme.tasks.facts.words import Words
 
 
@@ -42,7 +41,7 @@ class WithoutBlocks(LanguageModel):
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """What it takes to answer prompts.
 
     Attributes:
@@ -85,7 +84,7 @@ class Answer:
 
 def load(
     run: RunDirectory, checkpoint: Path, bank: Path, *, cache_bytes: int, read: Read
-) -> Served:
+) -> ServedModel:
     """A run's model, whose bank is never in memory, and a bank in a folder for it.
 
     Of the checkpoint, which is mapped, only the other weights are read: neither the blocks that it
@@ -97,11 +96,11 @@ def load(
         checkpoint: `last.ckpt`, which has the weights of when the bank was written.
         bank: its folder.
         cache_bytes: for blocks that were read.
-        read: how, see `mneme.models.bank.reading`.
+        read: how, see `mneme.storage.reading`.
 
     Raises:
         RunError: the model reads no bank, or the run has no words.
-        BankError: there is no bank, or it was written for another base model or router.
+        StorageError: there is no bank, or it was written for another base model or router.
         RouterError: the router is damaged.
     """
     loaded = read_checkpoint(checkpoint, mapped=True)
@@ -123,7 +122,7 @@ def load(
     )
     model.use_part(BANK, stored)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Served(model.to(device).eval(), precision, stored, words, router)
+    return ServedModel(model.to(device).eval(), precision, stored, words, router)
 
 
 def _words(run: RunDirectory, vocabulary: str) -> Words:
@@ -146,11 +145,13 @@ def _base_model(
     model = WithoutBlocks(vocab_size=vocab_size, **options)
     precision.convert_module(model)
     blocks = {name: t for name, t in model.state_dict().items() if name.startswith(f"{BANK}.")}
-    model.load_state_dict(model_weights(checkpoint) | blocks)  # which have no numbers to copy
+    model.load_state_dict(model_weights(checkpoint) | blocks)  # which have no elements to copy
     return model
 
 
-def answer(served: Served, prompt: str, *, route: int, tokens: int, temperature: float) -> Answer:
+def answer(
+    served: ServedModel, prompt: str, *, route: int, tokens: int, temperature: float
+) -> Answer:
     """Goes on with a prompt, with the blocks of a route.
 
     Raises:
@@ -185,7 +186,7 @@ def _clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _ids(served: Served, prompt: str) -> Tensor:
+def _ids(served: ServedModel, prompt: str) -> Tensor:
     try:
         ids = served.words.encode(prompt)
     except ValueError as error:

@@ -20,7 +20,7 @@ from mneme.harness.run.run_directory import RunDirectory, RunError, rank, write_
 from mneme.harness.run.signals import Interrupted
 from mneme.models import LanguageModel
 from mneme.models.diagnosis import NonFiniteError
-from mneme.storage.regular_file import open_regular
+from mneme.storage.files import open_regular
 from mneme.tasks.base import Task
 
 FORMAT = 1

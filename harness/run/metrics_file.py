@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from mneme.harness.run.run_directory import RunError, write_atomically
-from mneme.storage.regular_file import read_regular
+from mneme.storage.files import read_regular
 
 STEP = "step"
 

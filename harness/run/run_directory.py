@@ -15,8 +15,7 @@ import yaml
 
 from mneme.harness.config.check import Config, ConfigError, blaming
 from mneme.harness.config.renames import renamed
-from mneme.storage.atomic_file import replacing
-from mneme.storage.regular_file import read_regular
+from mneme.storage.files import read_regular, replacing
 
 RUNS = Path("runs")
 SWEEP = "sweep.json"  # in the folder of a sweep: the arguments that it was started with

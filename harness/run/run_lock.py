@@ -13,7 +13,7 @@ from io import FileIO
 from pathlib import Path
 
 from mneme.harness.run.run_directory import RunError, rank
-from mneme.storage.atomic_file import remove_leftovers
+from mneme.storage.files import remove_leftovers
 
 LOCK = ".lock"
 

@@ -1,7 +1,7 @@
 """What a block of a memory bank is made of, and what a layer does with it.
 
 B sequences, T tokens, D width, F hidden width of the base model, R units of a fetched path, W
-numbers of a unit. A unit is a hidden unit of a feed-forward, a rank of LoRA or a slot of keys and
+elements of a unit. A unit is a hidden unit of a feed-forward, a rank of LoRA or a slot of keys and
 values; blocks of several levels are one block with the units of all.
 """
 
@@ -22,7 +22,7 @@ _HEAD_DIM = 32  # of slots of keys and values, or the largest divisor of both it
 
 
 def unit_width(kind: Kind, d_model: int, hidden: int) -> int:
-    """W: numbers of one unit in one layer.
+    """W: elements of one unit in one layer.
 
     Args:
         kind: of the block.
@@ -33,9 +33,9 @@ def unit_width(kind: Kind, d_model: int, hidden: int) -> int:
 
 
 def init_units(units: Float[Tensor, "n w"], kind: Kind, d_model: int) -> None:
-    """The start of blocks: what reads is random, what answers is zero, so that they add nothing.
+    """The start of blocks: what reads is random and the readout zero, so that they add nothing.
 
-    Random parts have the deviation 1 / sqrt(3 fan_in) that a linear map starts with: truncated
+    Random parts have the deviation 1 / sqrt(3 fan_in) that a linear layer starts with: truncated
     normal, or uniform for LoRA (Kaiming's), as in arXiv 2510.02375.
 
     Args:
@@ -95,5 +95,5 @@ def adapted_feed_forward(
 
 
 def _lora_parts(d_model: int, hidden: int) -> list[int]:
-    """Widths of A of the inner maps (two of them), their B, A of the outer map, its B."""
+    """Widths of A of the inner weights (two of them), their B, A of the outer weight, its B."""
     return [2 * d_model, 2 * hidden, hidden, d_model]

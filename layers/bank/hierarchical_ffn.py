@@ -47,7 +47,7 @@ class HierarchicalFFN(SwiGLU, RoutedLayer):
         multiple_of: that width is rounded up to a multiple of this; default 8.
         bank: what blocks are, and how training writes them.
 
-    State: `[B, R, W]` with W = 3 D numbers of a unit for "ffn", 3 (D + hidden width) for "lora",
+    State: `[B, R, W]` with W = 3 D elements of a unit for "ffn", 3 (D + hidden width) for "lora",
     2 D for "kv". Budgets charge fetched blocks as state, as they belong to one sequence: in a batch
     they are read once for each, where weights are read once for all.
 

@@ -1,7 +1,7 @@
 """A bank of blocks in a tree: a model fetches those on one path for each sequence.
 
 B sequences; L places, the layers that blocks widen; k children of a node, p levels, r_l units of a
-block of level l, R of them on a path; W numbers of a unit.
+block of level l, R of them on a path; W elements of a unit.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -136,13 +136,13 @@ class BankShape:
 
     @property
     def parameters(self) -> int:
-        """Numbers of all blocks, with the generic one."""
+        """Elements of all blocks, with the generic one."""
         sizes = (self.nodes(level) * self.units_of(level) for level in [0, *self.levels])
         return sum(sizes) * self.places * self.width
 
     @property
     def fetched(self) -> int:
-        """Numbers that a route fetches."""
+        """Elements that a route fetches."""
         return self.places * self.units * self.width
 
 
@@ -267,7 +267,7 @@ class MemoryBank(Bank):
     def extra_repr(self) -> str:
         """Sizes and options, for `print`."""
         shape = self.shape
-        return f"{shape.parameters:,} numbers, {shape.fetched:,} a route, {self.options}"
+        return f"{shape.parameters:,} parameters, {shape.fetched:,} a route, {self.options}"
 
 
 class BankReader(SharedPart):

@@ -16,15 +16,16 @@ from mneme.layers.protocol import require_at_least
 from mneme.layers.sparse.table import SharedTable, Table
 from mneme.ops.contract import uncompiled
 from mneme.ops.table_read import dot_rows, sum_rows
-from mneme.storage.quantized_rows import TableFile, TableFileError, decode, write_table
-from mneme.storage.row_cache import RowCache
+from mneme.storage.caches import RowCache
+from mneme.storage.files import StorageError
+from mneme.storage.quantized_rows import TableFile, decode, write_table
 
 CACHE_BYTES = 16 * 2**20
-_LARGEST = 2**24  # numbers of decoded rows at a time, 64 MiB
+_LARGEST = 2**24  # elements of decoded rows at a time, 64 MiB
 
 
 @dataclass
-class Reads:
+class RowReads:
     """What reading has come to so far.
 
     Attributes:
@@ -56,10 +57,10 @@ class StoredTable(nn.Module):
         cache_bytes: all that the cache may allocate; 0 keeps nothing.
 
     Attributes:
-        reads: counters, which the caller may set back to `Reads()`.
+        reads: counters, which the caller may set back to `RowReads()`.
 
     Raises:
-        TableFileError: the file cannot be used, or has another shape.
+        StorageError: the file cannot be used, or has another shape.
     """
 
     def __init__(
@@ -68,14 +69,14 @@ class StoredTable(nn.Module):
         super().__init__()
         require_at_least(0, cache_bytes=cache_bytes)
         self.file = TableFile(path)
-        layout = self.file.layout
-        if shape is not None and shape != (layout.rows, layout.dim):
-            raise TableFileError(
-                f"{path} has {layout.rows:,} rows of {layout.dim} values; the layer reads "
-                f"{shape[0]:,} of {shape[1]}"
+        rows, dim = self.file.layout.count, self.file.row.dim
+        if shape is not None and shape != (rows, dim):
+            raise StorageError(
+                f"{path} has {rows:,} rows of {dim} values; the layer reads {shape[0]:,} of "
+                f"{shape[1]}"
             )
-        self.cache = RowCache(layout.rows, layout.record, cache_bytes)
-        self.reads = Reads()
+        self.cache = RowCache(rows, self.file.row.record_bytes, cache_bytes)
+        self.reads = RowReads()
 
     @uncompiled
     def sum_rows(
@@ -88,7 +89,7 @@ class StoredTable(nn.Module):
         """
         _refuse_gradient(weights)
         flat = weights.flatten(0, -2)
-        y = weights.new_empty(len(flat), self.file.layout.dim)
+        y = weights.new_empty(len(flat), self.file.row.dim)
         for part, places, block in self._parts(rows.flatten(0, -2)):
             y[part] = sum_rows(block, places, flat[part])
         return y.unflatten(0, rows.shape[:-1])
@@ -111,9 +112,9 @@ class StoredTable(nn.Module):
 
     def extra_repr(self) -> str:
         """File, sizes and cache, for `print`."""
-        layout = self.file.layout
+        row = self.file.row
         return (
-            f"{layout.rows:,} x {layout.dim} in {layout.bits} bits of {self.file.path}, "
+            f"{self.file.layout.count:,} x {row.dim} in {row.bits} bits of {self.file.path}, "
             f"cache of {self.cache.nbytes:,} bytes"
         )
 
@@ -124,7 +125,7 @@ class StoredTable(nn.Module):
         """
         tokens = len(rows)
         distinct, places = rows.cpu().unique(return_inverse=True)
-        if tokens > 1 and distinct.numel() * self.file.layout.dim > _LARGEST:
+        if tokens > 1 and distinct.numel() * self.file.row.dim > _LARGEST:
             yield from self._parts(rows[: tokens // 2], start)
             yield from self._parts(rows[tokens // 2 :], start + tokens // 2)
             return
@@ -133,7 +134,7 @@ class StoredTable(nn.Module):
 
     def _decoded(self, distinct: Tensor) -> Tensor:
         """Rows `[n, D]`, from the cache or the file."""
-        last = self.file.layout.rows - 1
+        last = self.file.layout.count - 1
         if distinct.numel() and (distinct[0] < 0 or distinct[-1] > last):
             raise ValueError(
                 f"rows must be from 0 to {last}, but run from {int(distinct[0])} to "
@@ -141,12 +142,12 @@ class StoredTable(nn.Module):
             )
         started = time.perf_counter()
         rows = distinct.numpy()
-        records = torch.empty(len(rows), self.file.layout.record, dtype=torch.uint8)
+        records = torch.empty(len(rows), self.file.row.record_bytes, dtype=torch.uint8)
         cached = self.cache.take(rows, records.numpy())
-        missing = self.file.read(rows[~cached])
+        missing = self.file.read_rows(rows[~cached])
         records.numpy()[~cached] = missing
         self.cache.put(rows[~cached], missing)
-        block = decode(records, self.file.layout)
+        block = decode(records, self.file.row)
         self.reads.rows += len(rows)
         self.reads.cached += int(cached.sum())
         self.reads.file_bytes += missing.nbytes
@@ -190,7 +191,7 @@ def replace_tables(
         The stored tables by name.
 
     Raises:
-        TableFileError: a file is missing, damaged, or of another shape.
+        StorageError: a file is missing, damaged, or of another shape.
         ValueError: there is no table, or a layer reads one that is not the model's.
     """
     tables = _tables(model)

@@ -1,6 +1,7 @@
 """Memory banks in files: writing, editing, and fetching blocks from banks larger than memory."""
 
 from mneme.models.bank.edit import (
+    compact_bank,
     delete_block,
     delete_blocks,
     export_block,
@@ -10,11 +11,13 @@ from mneme.models.bank.edit import (
     replace_block,
     replace_blocks,
 )
-from mneme.models.bank.errors import BankError
-from mneme.models.bank.hashing import model_hash
-from mneme.models.bank.layout import LevelLayout
-from mneme.models.bank.level_file import LevelFile
-from mneme.models.bank.manifest import Manifest, open_levels, read_manifest, verify_bank
+from mneme.models.bank.manifest import (
+    BankFiles,
+    Manifest,
+    model_hash,
+    read_manifest,
+    verify_bank,
+    write_bank,
+)
 from mneme.models.bank.stored import StoredBank
 from mneme.models.bank.tiers import Tier, fetch_seconds, tier_table
-from mneme.models.bank.writer import write_bank

@@ -3,7 +3,7 @@
 B sequences, as in `mneme.layers.bank.memory_bank`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from mneme.layers.bank.bank_blocks import unit_width
 from mneme.layers.bank.memory_bank import Bank, BankOptions, BankShape, MemoryBank
 from mneme.models.bank.feed_forwards import common_width, decoder_layers, gated_feed_forwards
-from mneme.models.bank.hashing import model_hash
-from mneme.models.bank.layout import Dtype
-from mneme.models.bank.manifest import Manifest
+from mneme.models.bank.manifest import BankFiles, Manifest, model_hash, write_bank
+from mneme.models.bank.stored import CACHE_BYTES, StoredBank
 from mneme.models.bank.widening import (
     Widening,
     checkpoint_contexts,
@@ -26,7 +25,9 @@ from mneme.models.bank.widening import (
     reading,
     require_checkpoints_read_blocks,
 )
-from mneme.models.bank.writer import write_bank
+from mneme.storage.files import StorageError
+from mneme.storage.reading import Read
+from mneme.storage.record_file import Dtype
 
 _PROMPTS = ("inputs", "input_ids", "inputs_embeds")  # how `generate` calls what it continues
 
@@ -106,7 +107,7 @@ class AttachedBank(nn.Module):
 
     @torch.no_grad()
     def generate(self, *inputs: Any, route: Int[Tensor, " b"], **options: Any) -> Any:
-        """The base model's `generate`, widened: beams and answers share their prompt's blocks.
+        """The base model's `generate`, widened: beams and samples share their prompt's blocks.
 
         Put the bank in eval mode first, or some prompts get the generic block.
 
@@ -137,7 +138,7 @@ class AttachedBank(nn.Module):
         Args:
             folder: see `write_bank`, as for its errors.
             router: hash of the router that gave the routes of training.
-            dtype: of stored numbers; that of the model is enough to serve it as it is now.
+            dtype: of stored elements; that of the model is enough to serve it as it is now.
 
         Raises:
             ValueError: the bank is one that is read from files.
@@ -207,6 +208,66 @@ def attach_bank(
     return AttachedBank(model, MemoryBank(shape, d_model, options), layers=layers, freeze=freeze)
 
 
+def attach_saved(
+    model: nn.Module, folder: Path, *, router: str | None = None, freeze: bool = True
+) -> AttachedBank:
+    """Attaches a bank that `AttachedBank.save` wrote, in memory, to be trained on.
+
+    Args:
+        model: with the weights that it had then.
+        folder: of the bank.
+        router: hash of the router that will give routes; None does not compare.
+        freeze: as in `attach_bank`.
+
+    Raises:
+        StorageError: there is no such bank, it is damaged, or is of another model or router.
+    """
+    with BankFiles(folder, router=router, base_model=model_hash(model)) as files:
+        manifest = files.manifest
+        layers = _fact(manifest, "layers", folder)
+        options = _fact(manifest, "options", folder)
+        options = BankOptions(**{**options, "hidden": tuple(options["hidden"])})
+        with torch.device("meta"):
+            bank = MemoryBank(manifest.shape, manifest.shape.width // 3, options)
+        bank.to_empty(device="cpu")
+        for level in manifest.levels:
+            for node in range(manifest.shape.nodes(level)):
+                bank.write(level, node, files.read(level, node))
+    return AttachedBank(model, bank, layers=layers, freeze=freeze)
+
+
+def attach_stored(
+    model: nn.Module,
+    folder: Path,
+    *,
+    router: str | None = None,
+    cache_bytes: int | Mapping[int, int] = CACHE_BYTES,
+    read: Read = "auto",
+) -> AttachedBank:
+    """Attaches a bank that `AttachedBank.save` wrote, and leaves it on disk: for serving.
+
+    Args:
+        model: with the weights that it had then.
+        folder: of the bank.
+        router: hash of the router that will give routes; None does not compare.
+        cache_bytes: see `StoredBank`.
+        read: likewise.
+
+    Raises:
+        StorageError: as `attach_saved`.
+    """
+    bank = StoredBank(
+        folder,
+        router=router,
+        base_model=model_hash(model),
+        cache_bytes=cache_bytes,
+        read=read,
+    )
+    attached = AttachedBank(model, bank, layers=_fact(bank.manifest, "layers", folder))
+    bank.to(attached.base_model.dtype)
+    return attached
+
+
 def _require_fit(shape: BankShape, layers: int, d_model: int) -> None:
     if shape.kind != "ffn":
         raise ValueError(
@@ -215,6 +276,15 @@ def _require_fit(shape: BankShape, layers: int, d_model: int) -> None:
     width = unit_width("ffn", d_model, hidden=0)
     if (shape.places, shape.width) != (layers, width):
         raise ValueError(
-            f"the bank has blocks of {shape.width} numbers a unit for {shape.places} layers; "
-            f"{layers} layers of width {d_model} need {width} numbers a unit"
+            f"the bank has blocks of {shape.width} elements a unit for {shape.places} layers; "
+            f"{layers} layers of width {d_model} need {width} elements a unit"
         )
+
+
+def _fact(manifest: Manifest, name: str, folder: Path) -> Any:
+    if name not in manifest.facts:
+        raise StorageError(
+            f"the bank in {folder} does not say its {name}, as one that AttachedBank.save wrote "
+            "does; if it was merged, give merge_banks the facts of its parts"
+        )
+    return manifest.facts[name]

@@ -1,30 +1,25 @@
 """Blocks that are deleted, replaced or taken out of a bank, and banks that are put together.
 
-An edit changes files in place, and a crash leaves all of its blocks changed or none (see
-`mneme.models.bank.journal`). Who has the bank open for reading must open it again after an edit. A
-bank that was opened before has the checksums of then, and takes a new block for a damaged one; a
-`StoredBank` also goes on to give blocks that it has kept from before.
-
-A folder that cannot be written can be read, unless an edit of it was cut short. Then it must be
-opened once where it can be written.
+An edit writes the new blocks beside the older ones, and a crash leaves all of its blocks changed or
+none (`mneme.storage.generations`). Who has the bank open goes on to read it as it was, and sees the
+edit when it is opened again. The bytes of what was deleted or replaced are overwritten at once, or,
+where a reader has them open, by the next edit or `compact_bank` after it has closed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mneme.layers.bank.memory_bank import BankShape
-from mneme.models.bank.errors import BankError
-from mneme.models.bank.journal import Patch, apply_journal, locked, write_journal
-from mneme.models.bank.layout import WORD, LevelLayout
-from mneme.models.bank.level_file import LevelFile, checksum_table, words
-from mneme.models.bank.manifest import Manifest, open_levels
-from mneme.models.bank.writer import encode_block, write_bank
+from mneme.models.bank.manifest import BankFiles, Manifest, write_bank
+from mneme.storage.files import StorageError
+from mneme.storage.generations import read_generation
+from mneme.storage.writing import compact, edit_generation, locked
 
 Node = tuple[int, int]
 """A level and a node of it; (0, 0) is the generic block."""
@@ -71,38 +66,45 @@ def delete_blocks(folder: Path, nodes: Iterable[Node]) -> None:
     the slots of a path. So does a block of that kind at the start of training.
 
     Raises:
-        BankError: as `replace_blocks`.
+        StorageError: as `replace_blocks`.
     """
     zero = torch.zeros(())
-    _edit(folder, nodes, lambda node, layout: zero.expand(layout.record_shape))
+    _edit(folder, nodes, lambda shape, node: zero.expand(shape.record(node[0])))
 
 
 def replace_blocks(folder: Path, records: Mapping[Node, Tensor]) -> None:
     """Puts blocks in the place of others, in one edit.
-
-    There must be room for a copy of the new blocks, as the journal has them for a moment.
 
     Args:
         folder: of the bank.
         records: new blocks `[L, r_l, W]` by level and node; they are read one by one.
 
     Raises:
-        BankError: there is no such bank or block, a record has another shape or is not finite in
+        StorageError: there is no such bank or block, a block has another shape or is not finite in
             the dtype of the bank, another is writing it, or there is no room. Nothing is changed
-            then. Or a file cannot be written while it is changed. The error says so, and the edit
-            is made when the bank is next opened.
+            then. Or the older blocks cannot be overwritten now, which the error says.
     """
-    _edit(folder, records, lambda node, layout: records[node])
+    _edit(folder, records, lambda shape, node: records[node])
 
 
 def export_blocks(folder: Path, nodes: Iterable[Node]) -> dict[Node, Tensor]:
     """Copies of blocks in the dtype of the bank, as `replace_blocks` takes them.
 
     Raises:
-        BankError: there is no such bank or block, or it is damaged.
+        StorageError: there is no such bank or block, or it is damaged.
     """
-    _, levels = open_levels(folder)
-    return {(level, node): _level(levels, level).read(node) for level, node in nodes}
+    with BankFiles(folder) as bank:
+        return {node: bank.read(*node) for node in nodes}
+
+
+def compact_bank(folder: Path) -> Manifest:
+    """Writes a bank anew where edits have left blocks beside it, and erases what nobody reads.
+
+    Raises:
+        StorageError: there is no bank, a block is damaged, another is writing it, or there is no
+            room for another copy.
+    """
+    return Manifest.of(folder, compact(folder))
 
 
 def merge_banks(
@@ -124,40 +126,45 @@ def merge_banks(
         facts: kept with the new bank.
 
     Raises:
-        BankError: a child is missing, the banks differ in shape, dtype, router or base model, a
+        StorageError: a child is missing, the banks differ in shape, dtype, router or base model, a
             block is damaged, or as `write_bank`.
     """
-    banks = {child: open_levels(folder) for child, folder in folders_by_child.items()}
-    if generic not in banks:
-        raise BankError(f"generic must be one of the children {sorted(banks)}, got {generic}")
-    _require_alike(folders_by_child, {child: m for child, (m, _) in banks.items()}, generic)
-    first = banks[generic][0]
-    children = [*range(first.shape.branching)]
-    if sorted(banks) != children:
-        raise BankError(f"banks are given for the children {sorted(banks)}; needed: {children}")
-    files = {child: levels for child, (_, levels) in banks.items()}
-    return write_bank(
-        out,
-        first.shape,
-        lambda level: _merged(files, generic, level),
-        dtype=first.dtype,
-        router=first.router,
-        base_model=first.base_model,
-        facts=facts,
-    )
+    with ExitStack() as opened:
+        banks = {
+            child: opened.enter_context(BankFiles(folder))
+            for child, folder in folders_by_child.items()
+        }
+        if generic not in banks:
+            raise StorageError(
+                f"generic must be one of the children {sorted(banks)}, got {generic}"
+            )
+        first = banks[generic].manifest
+        _require_alike(folders_by_child, {c: bank.manifest for c, bank in banks.items()}, generic)
+        children = [*range(first.shape.branching)]
+        if sorted(banks) != children:
+            raise StorageError(
+                f"banks are given for the children {sorted(banks)}; needed: {children}"
+            )
+        return write_bank(
+            out,
+            first.shape,
+            lambda level: _merged(banks, generic, level),
+            dtype=first.dtype,
+            router=first.router,
+            base_model=first.base_model,
+            facts=facts,
+        )
 
 
-def _merged(
-    files: Mapping[int, Mapping[int, LevelFile]], generic: int, level: int
-) -> Iterator[Tensor]:
+def _merged(banks: Mapping[int, BankFiles], generic: int, level: int) -> Iterator[Tensor]:
     """The blocks of a level: each child's share of its nodes, in order."""
     if level == 0:
-        yield files[generic][0].read(0)
+        yield banks[generic].read(0, 0)
         return
-    share = files[generic][level].layout.nodes // len(files)
-    for child in sorted(files):
+    share = banks[generic].manifest.shape.nodes(level) // len(banks)
+    for child in sorted(banks):
         for node in range(child * share, (child + 1) * share):
-            yield files[child][level].read(node)
+            yield banks[child].read(level, node)
 
 
 def _require_alike(
@@ -167,45 +174,22 @@ def _require_alike(
         for name in ("shape", "dtype", "router", "base_model"):
             ours, other = getattr(manifests[first], name), getattr(manifest, name)
             if ours != other:
-                raise BankError(
+                raise StorageError(
                     f"banks to be merged must have the same {name}: {ours} in {folders[first]}, "
                     f"{other} in {folders[child]}"
                 )
 
 
-def _level(levels: Mapping[int, LevelFile], level: int) -> LevelFile:
-    if level not in levels:
-        raise BankError(f"the bank has no blocks at level {level}, only at {sorted(levels)}")
-    return levels[level]
-
-
-def _edit(
-    folder: Path, nodes: Iterable[Node], record: Callable[[Node, LevelLayout], Tensor]
-) -> None:
+def _edit(folder: Path, nodes: Iterable[Node], block: Callable[[BankShape, Node], Tensor]) -> None:
     with locked(folder):
-        apply_journal(folder)
-        _, levels = open_levels(folder)
-        write_journal(folder, _patches(levels, nodes, record))
-        apply_journal(folder)
+        older = read_generation(folder)
+        manifest = Manifest.of(folder, older)
+        by_level: dict[int, list[int]] = {}
+        for level, node in dict.fromkeys(nodes):
+            manifest.require_node(level, node)
+            by_level.setdefault(level, []).append(node)
 
+        def data(level: int, node: int) -> memoryview:
+            return manifest.encode(level, node, block(manifest.shape, (level, node)))
 
-def _patches(
-    levels: Mapping[int, LevelFile],
-    nodes: Iterable[Node],
-    record: Callable[[Node, LevelLayout], Tensor],
-) -> Iterator[Patch]:
-    """The records and their checksums, then the checksum of those for every level."""
-    changed: dict[int, np.ndarray] = {}
-    for level, node in nodes:
-        file = _level(levels, level)
-        layout = file.layout
-        file.require_node(node)
-        if level not in changed:
-            changed[level] = file.checksums.copy()
-        table = changed[level]
-        data, table[node] = encode_block(layout, node, record((level, node), layout))
-        yield Patch(layout.file_name, layout.offset(node), data)
-        yield Patch(layout.file_name, layout.entry(node), words(table[node : node + 1]))
-    for level, table in changed.items():
-        layout = levels[level].layout
-        yield Patch(layout.file_name, layout.table, checksum_table(table)[:WORD])
+        edit_generation(folder, older, by_level, data)

@@ -28,10 +28,10 @@ def gated_feed_forwards(
             is a mixture of experts: tokens of other sequences share an expert's input.
     """
     found = decoder_layers(model)
-    asked = sorted(range(len(found)) if layers is None else layers)
-    if not asked or len(set(asked)) < len(asked) or not set(asked) <= set(range(len(found))):
-        raise ValueError(f"layers must be from 0 to {len(found) - 1}, each once; got {asked}")
-    gated = {layer: _gated(found[layer]) for layer in asked}
+    wanted = sorted(range(len(found)) if layers is None else layers)
+    if not wanted or len(set(wanted)) < len(wanted) or not set(wanted) <= set(range(len(found))):
+        raise ValueError(f"layers must be from 0 to {len(found) - 1}, each once; got {wanted}")
+    gated = {layer: _gated(found[layer]) for layer in wanted}
     refused = [layer for layer, inside in gated.items() if len(inside) != 1]
     if refused:
         raise ValueError(

@@ -1,12 +1,13 @@
 """Memory banks that stay on disk: for serving a model whose bank is larger than memory.
 
-B sequences; L places, R units of a path, W numbers of a unit, as in
+B sequences; L places, R units of a path, W elements of a unit, as in
 `mneme.layers.bank.memory_bank`.
 """
 
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
 
@@ -16,13 +17,12 @@ from torch import Tensor
 
 from mneme.layers.bank.memory_bank import GENERIC, Bank, BankShape, require_routes
 from mneme.layers.protocol import require_at_least
-from mneme.models.bank.buffers import Buffers
-from mneme.models.bank.cache import RecordCache
-from mneme.models.bank.manifest import Manifest, open_levels, retrying
-from mneme.models.bank.reading import Read
-from mneme.models.bank.records import Reads, Records
-from mneme.models.bank.task import Task
+from mneme.models.bank.manifest import BankFiles
 from mneme.ops.contract import uncompiled
+from mneme.storage.buffers import Buffers
+from mneme.storage.caches import RecordCache
+from mneme.storage.fetching import BlockReads, Fetcher, Key, PendingRead, Place
+from mneme.storage.reading import Read, Reader, open_reader
 
 CACHE_BYTES = 256 * 2**20
 _WINDOW = 8  # blocks of a call that are asked for before the first of them is copied
@@ -37,9 +37,9 @@ class StoredBank(Bank):
 
     `to` moves and converts the results, as it does the generic block, which is always in memory.
 
-    An edit of the files (`mneme.models.bank.edit`) is not seen by a bank that is open: blocks that
-    it keeps are those from before, and others that were changed count as damaged. Open it again
-    then.
+    A bank that is open is read as it was then, whatever is edited or written meanwhile
+    (`mneme.models.bank.edit`). Open it again to see it as it is; close it, or what was deleted
+    stays in the files.
 
     Args:
         folder: what `write_bank` wrote.
@@ -47,7 +47,7 @@ class StoredBank(Bank):
         base_model: hash of the model that uses the blocks; None does not compare.
         cache_bytes: what is kept of all levels together, or of each level by its number; levels
             that are not named keep nothing. Default 256 MiB together.
-        read: how files are read, see `mneme.models.bank.reading`; "auto" measures for each file
+        read: how files are read, see `mneme.storage.reading`; "auto" measures for each file
             whether "pread" or "direct" is faster.
         dtype: of results.
 
@@ -56,8 +56,8 @@ class StoredBank(Bank):
         ways: how the file of each level is read.
 
     Raises:
-        BankError: the folder holds no bank, it was written for another router or base model, a file
-            is damaged, or the way of reading is not possible.
+        StorageError: the folder holds no bank, it was written for another router or base model, a
+            file is damaged, or the way of reading is not possible.
         ValueError: a cache is below zero or for a level without blocks, or `read` is no way.
     """
 
@@ -71,30 +71,35 @@ class StoredBank(Bank):
         read: Read = "auto",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        memory = Buffers()
-
-        def attempt() -> tuple[Manifest, Tensor, Records]:
-            manifest, files = open_levels(folder, router=router, base_model=base_model)
-            generic = files.pop(0).read(0).to(dtype)
+        with ExitStack() as opened:
+            files = opened.enter_context(BankFiles(folder, router=router, base_model=base_model))
+            manifest = files.manifest
             caches = _caches(manifest.shape.levels, cache_bytes)
-            return manifest, generic, Records(files, read=read, caches=caches, buffers=memory)
-
-        manifest, generic, records = retrying(folder, attempt)
+            readers = _readers(files, read, opened)
+            generic = files.read(0, 0).to(dtype)
+            close = opened.pop_all().close  # or, if one could not be opened, all were closed
         super().__init__(manifest.shape)
         self.manifest, self.folder = manifest, folder
+        self.ways = {
+            level: readers[level, parts.parts[0].generation].name
+            for level, parts in files.held.generation.levels.items()
+            if level
+        }
         self.register_buffer("generic", generic, persistent=False)
-        self._units = _spans(manifest.shape)
-        self._memory, self._records = memory, records
+        self._units, self._memory = _spans(manifest.shape), Buffers()
+
+        def place(key: Key) -> Place:
+            file, record = files.held.place(*key)
+            return Place(file, record, readers[key[0], file.layout.about["generation"]])
+
+        self._fetcher = Fetcher(
+            place, manifest.decode, caches=caches, buffers=self._memory, close=close
+        )
 
     @property
-    def reads(self) -> Reads:
+    def reads(self) -> BlockReads:
         """Counters of all calls so far."""
-        return self._records.reads
-
-    @property
-    def ways(self) -> Mapping[int, str]:
-        """How the file of each level is read: "pread", "mmap" or "direct"."""
-        return self._records.ways
+        return self._fetcher.reads
 
     @uncompiled
     @torch.no_grad()
@@ -106,7 +111,7 @@ class StoredBank(Bank):
 
         Raises:
             ValueError: there is no such leaf.
-            BankError: a block cannot be read or is damaged, or the bank is closed.
+            StorageError: a block cannot be read or is damaged, or the bank is closed.
         """
         require_routes(route, self.shape)
         started = time.perf_counter()
@@ -118,24 +123,24 @@ class StoredBank(Bank):
         for level, rows, block in self._blocks(leaves):
             for row in rows:  # read once, but in memory for each sequence, as its layers need it
                 found[row, :, self._units[level]] = block
-        self._records.count_call(time.perf_counter() - started)
+        self._fetcher.count_call(time.perf_counter() - started)
         return found.to(self.generic.device)
 
     def record(self, level: int, node: int) -> Float[Tensor, "places r w"]:
-        """One block, in the numbers of its file; level 0 is the generic block, as it is in memory.
+        """One block, in the dtype of its file; level 0 is the generic block, as it is in memory.
 
         A call of this is no fetch, but its block counts as one of a call. Do not write to it: later
         fetches may see the same memory.
 
         Raises:
             ValueError: there is no such block.
-            BankError: it cannot be read or is damaged, or the bank is closed.
+            StorageError: it cannot be read or is damaged, or the bank is closed.
         """
         if level not in (0, *self.shape.levels) or not 0 <= node < self.shape.nodes(level):
             raise ValueError(f"there is no block {node} at level {level} of {self.shape}")
         if not level:
             return self.generic
-        return self._records.wait(self._records.ask(level, node, is_next=True))
+        return self._fetcher.wait(self._fetcher.ask((level, node), is_next=True))
 
     def prefetch(self, route: Int[Tensor, " b"]) -> None:
         """Begins to read blocks of routes that may be fetched next, and returns at once.
@@ -150,42 +155,41 @@ class StoredBank(Bank):
 
         Raises:
             ValueError: there is no such leaf.
-            BankError: the bank is closed.
+            StorageError: the bank is closed.
         """
         require_routes(route, self.shape)
-        for level, node in self._nodes(route.tolist()):
-            self._records.read_ahead(level, node)
+        for key in self._nodes(route.tolist()):
+            self._fetcher.read_ahead(key)
 
     def close(self) -> None:
         """Waits for blocks that are being read, then lets go of files and blocks."""
-        self._records.close()
+        self._fetcher.close()
 
     def extra_repr(self) -> str:
         """Folder, sizes and ways of reading, for `print`."""
         shape = self.shape
         return (
-            f"{shape.parameters:,} numbers in {self.manifest.dtype} of {self.folder}, "
+            f"{shape.parameters:,} elements in {self.manifest.dtype} of {self.folder}, "
             f"{shape.fetched:,} a route, read by {self.ways}"
         )
 
     def _blocks(self, leaves: Sequence[int]) -> Iterator[tuple[int, list[int], Tensor]]:
-        """Level, rows and numbers of each distinct block, while the next ones are being read."""
-        under_way: deque[tuple[list[int], Task]] = deque()
+        """Level, rows and elements of each distinct block, while the next ones are being read."""
+        under_way: deque[tuple[list[int], PendingRead]] = deque()
         nodes = deque(self._nodes(leaves).items())
         while nodes or under_way:
             while nodes and len(under_way) < _WINDOW:
-                (level, node), rows = nodes.popleft()
-                task = self._records.ask(level, node, is_next=not under_way)
-                under_way.append((rows, task))
-            rows, task = under_way.popleft()
-            yield task.level, rows, self._records.wait(task)
+                key, rows = nodes.popleft()
+                under_way.append((rows, self._fetcher.ask(key, is_next=not under_way)))
+            rows, pending = under_way.popleft()
+            yield pending.key[0], rows, self._fetcher.wait(pending)
 
-    def _nodes(self, leaves: Sequence[int]) -> dict[tuple[int, int], list[int]]:
+    def _nodes(self, leaves: Sequence[int]) -> dict[Key, list[int]]:
         """Which rows need each node, path by path in tree order.
 
         So files are read from front to back, and those of all levels at the same time.
         """
-        rows: dict[tuple[int, int], list[int]] = {}
+        rows: dict[Key, list[int]] = {}
         for row in sorted(range(len(leaves)), key=leaves.__getitem__):
             for level in self.shape.levels if leaves[row] != GENERIC else ():
                 rows.setdefault((level, self.shape.node(leaves[row], level)), []).append(row)
@@ -208,6 +212,19 @@ def _caches(levels: Sequence[int], cache_bytes: int | Mapping[int, int]) -> dict
             raise ValueError(f"cache_bytes names level {level}; levels with blocks are {levels}")
         require_at_least(0, **{f"cache_bytes of level {level}": size})
     return {level: RecordCache(cache_bytes.get(level, 0)) for level in levels}
+
+
+def _readers(files: BankFiles, read: Read, opened: ExitStack) -> dict[tuple[int, int], Reader]:
+    """Of each file, by its level and generation; what was edited is read as the level is."""
+    readers: dict[tuple[int, int], Reader] = {}
+    for level, found in files.held.generation.levels.items():
+        way: str = read
+        for part in found.parts if level else ():  # the generic block is read once
+            file = files.held.file(level, part)
+            reader = readers[level, part.generation] = open_reader(file.path, file.layout, way)
+            opened.callback(reader.close)
+            way = reader.name
+    return readers
 
 
 def _spans(shape: BankShape) -> dict[int, slice]:

@@ -37,9 +37,9 @@ def fetch_seconds(
 
     Args:
         shape: of the bank.
-        dtype: of its numbers as they are stored.
+        dtype: of its elements as they are stored.
         tiers: where each level is that has to be read; leave out those that do not change.
-        parallel: tiers work at the same time, and the slowest one's sum is the answer; by default
+        parallel: tiers work at the same time, and the slowest one's sum counts; by default
             they wait for each other, as in the example of arXiv 2510.02375.
 
     Raises:
@@ -64,7 +64,7 @@ def tier_table(shape: BankShape, dtype: torch.dtype, tiers: Sequence[Tier]) -> s
 
     Args:
         shape: of the bank.
-        dtype: of its numbers as they are stored.
+        dtype: of its elements as they are stored.
         tiers: a column each, in this order.
     """
     heads = ["level", "blocks", "MB of level", "MB of fetch", *(f"ms, {t.name}" for t in tiers)]

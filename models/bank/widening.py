@@ -104,7 +104,7 @@ def _added(
     if rows != sequences and not (repeats and rows % sequences == 0):
         raise ValueError(
             f"the model was called on {rows} sequences, with routes for {sequences}; give each one "
-            "its route. For beams, or several answers to a prompt, call generate of the attached "
+            "its route. For beams, or several samples of a prompt, call generate of the attached "
             "bank"
         )
     grouped = x.reshape(sequences, -1, x.shape[-1])  # rows of a sequence follow each other

@@ -41,7 +41,7 @@ from scripts.benchmarks.random_bank import (
     DTYPE,
     FULL,
     QUICK,
-    Sizes,
+    BankSizes,
     generator,
     make_models,
     prepare,
@@ -75,7 +75,7 @@ def run(arguments: list[str]) -> None:
         parser.error(str(error))
     print(
         f"a bank of {shape.parameters * DTYPE.itemsize / 2**30:.2f} GiB, {shape.hidden} units of a "
-        f"block; {shape.fetched:,} numbers a path; medians of {sizes.rounds} rounds"
+        f"block; {shape.fetched:,} elements a path; medians of {sizes.rounds} rounds"
     )
     rows: list[Row] = []
     for part in PARTS if options.part is None else (options.part,):
@@ -84,7 +84,7 @@ def run(arguments: list[str]) -> None:
         measure.save(options.json, rows, {"sizes": vars(sizes), "hidden": shape.hidden})
 
 
-def _warm(folder: Path, sizes: Sizes) -> list[Row]:
+def _warm(folder: Path, sizes: BankSizes) -> list[Row]:
     """Fetching what is in memory, against reading a prompt."""
     route = torch.zeros(1, dtype=torch.long)
     prompt = torch.randint(sizes.vocab, (1, sizes.prompt), generator=generator())
@@ -120,7 +120,7 @@ def _warm_row(what: str, times: Mapping[str, list[float]]) -> Row:
     }
 
 
-def _decode(folder: Path, sizes: Sizes) -> list[Row]:
+def _decode(folder: Path, sizes: BankSizes) -> list[Row]:
     """Tokens per second of one sequence whose blocks have been fetched."""
     first = torch.zeros(1, 1, dtype=torch.long)
     with closing(StoredBank(folder)) as bank:
@@ -153,7 +153,7 @@ def _decode_row(what: str, tokens: int, times: Mapping[str, list[float]]) -> Row
     }
 
 
-def serve(folder: Path, sizes: Sizes) -> Row:
+def serve(folder: Path, sizes: BankSizes) -> Row:
     """Answers prompts with random routes for a while, reading the next one's blocks meanwhile."""
     draw, routes = random.Random(0), 0
     prompt = torch.randint(sizes.vocab, (1, sizes.prompt), generator=generator())
@@ -177,7 +177,7 @@ def serve(folder: Path, sizes: Sizes) -> Row:
         }
 
 
-def serve_elsewhere(folder: Path, sizes: Sizes) -> Row:
+def serve_elsewhere(folder: Path, sizes: BankSizes) -> Row:
     """What `serve` finds in a process of its own."""
     given = [str(folder.absolute()), json.dumps(vars(sizes))]
     command = [sys.executable, "-m", "scripts.benchmarks.bank", *given]
@@ -186,7 +186,7 @@ def serve_elsewhere(folder: Path, sizes: Sizes) -> Row:
     return row
 
 
-def _memory(folder: Path, sizes: Sizes) -> list[Row]:
+def _memory(folder: Path, sizes: BankSizes) -> list[Row]:
     row = serve_elsewhere(folder, sizes)
     print(
         f"\nmemory: a process that served {row['routes']} random routes, and read "
@@ -196,7 +196,7 @@ def _memory(folder: Path, sizes: Sizes) -> list[Row]:
     return [row]
 
 
-MEASURE: Mapping[str, Callable[[Path, Sizes], list[Row]]] = {
+MEASURE: Mapping[str, Callable[[Path, BankSizes], list[Row]]] = {
     "cold": measure_cold,
     "warm": _warm,
     "decode": _decode,
@@ -205,4 +205,4 @@ MEASURE: Mapping[str, Callable[[Path, Sizes], list[Row]]] = {
 
 
 if __name__ == "__main__":  # `serve_elsewhere`
-    print(json.dumps(serve(Path(sys.argv[1]), Sizes(**json.loads(sys.argv[2])))))
+    print(json.dumps(serve(Path(sys.argv[1]), BankSizes(**json.loads(sys.argv[2])))))

@@ -15,19 +15,21 @@ from contextlib import ExitStack, closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from mneme.layers.bank.memory_bank import BankShape
-from mneme.models.bank import BankError, StoredBank, Tier, tier_table
-from mneme.models.bank.buffers import Buffers
-from mneme.models.bank.layout import PAGE
-from mneme.models.bank.reading import WAYS, Direct, Pread, Read, Reader, evict
-from mneme.models.bank.records import READERS
+from mneme.models.bank import StoredBank, Tier, tier_table
 from mneme.models.bank.tiers import block_bytes
+from mneme.storage.buffers import Buffers
+from mneme.storage.fetching import READERS
+from mneme.storage.files import StorageError
+from mneme.storage.generations import file_name
+from mneme.storage.reading import Direct, Pread, Read, Reader, evict
+from mneme.storage.record_file import PAGE
 from scripts.benchmarks import measure
-from scripts.benchmarks.random_bank import DTYPE, Sizes
+from scripts.benchmarks.random_bank import DTYPE, BankSizes
 
 BAR = 0.7  # of the rate of large reads
 LARGE = 32 * 2**20  # bytes of one large read
@@ -41,7 +43,7 @@ Reading = tuple[int, Callable[[], object]]  # bytes, and a call that reads them
 Readings = Callable[[random.Random], Iterator[Reading]]  # endless, of places that are drawn
 
 
-def measure_cold(folder: Path, sizes: Sizes) -> list[Row]:
+def measure_cold(folder: Path, sizes: BankSizes) -> list[Row]:
     """Rates of reading what is not in the page cache."""
     with ExitStack() as stack:
         banks = _bank_of_each_way(folder, stack)
@@ -58,10 +60,10 @@ def measure_cold(folder: Path, sizes: Sizes) -> list[Row]:
 def _bank_of_each_way(folder: Path, stack: ExitStack) -> dict[str, StoredBank]:
     """Banks that keep nothing, by each way of reading that the file system allows."""
     banks: dict[str, StoredBank] = {}
-    for way in (CHOSEN, *WAYS):
+    for way in get_args(Read):
         try:
             banks[way] = StoredBank(folder, read=way, cache_bytes=0)
-        except BankError as error:
+        except StorageError as error:
             print(f"left out: {error}")
         else:
             stack.callback(banks[way].close)
@@ -69,11 +71,11 @@ def _bank_of_each_way(folder: Path, stack: ExitStack) -> dict[str, StoredBank]:
 
 
 def _calls(
-    folder: Path, banks: Mapping[str, StoredBank], sizes: Sizes, stack: ExitStack
+    folder: Path, banks: Mapping[str, StoredBank], sizes: BankSizes, stack: ExitStack
 ) -> list[dict[Key, Readings]]:
     """Readings by what is read and how; one group of them is large reads, and one each way."""
     shape = banks[CHOSEN].shape
-    file = folder / banks[CHOSEN].manifest.layout(shape.levels[-1]).file_name
+    file = folder / file_name(shape.levels[-1], banks[CHOSEN].manifest.generation)
     reader: Reader = Direct(file) if "direct" in banks else Pread(file)
     stack.callback(reader.close)
     groups: list[dict[Key, Readings]] = [{}]
@@ -135,7 +137,7 @@ def _blocks(bank: StoredBank, level: int, draw: random.Random) -> Iterator[Readi
         yield size, partial(bank.record, level, draw.randrange(bank.shape.nodes(level)))
 
 
-def _cold_rates(folder: Path, groups: list[dict[Key, Readings]], sizes: Sizes) -> Rates:
+def _cold_rates(folder: Path, groups: list[dict[Key, Readings]], sizes: BankSizes) -> Rates:
     """Of each round but the first, which also waits for memory."""
     rates: dict[Key, list[float]] = {key: [] for group in groups for key in group}
     order = deque(groups)

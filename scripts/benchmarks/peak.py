@@ -20,8 +20,11 @@ def peak_memory(module: str, name: str, number: int) -> float:
 
 
 def resident(line: str) -> float:
-    """MiB of resident memory: now (VmRSS), or at this program's peak (VmHWM); Linux only."""
-    status = Path("/proc/self/status").read_text()
+    """MiB of resident memory: now (VmRSS, RssAnon, RssFile) or at its peak (VmHWM), or NaN."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return float("nan")
     (kib,) = (row.split()[1] for row in status.splitlines() if row.startswith(line))
     return int(kib) / 2**10
 

@@ -13,17 +13,17 @@ from mneme.layers import HierarchicalFFN, LayerFactory, SoftmaxAttention, SwiGLU
 from mneme.layers.bank.memory_bank import BankOptions, BankShape
 from mneme.models import LanguageModel
 from mneme.models.bank import StoredBank, read_manifest, write_bank
-from mneme.models.bank.layout import Dtype
-from mneme.models.bank.manifest import MANIFEST
+from mneme.storage.generations import MANIFEST
+from mneme.storage.record_file import Dtype
 
 DTYPE = torch.bfloat16  # of stored blocks
 STORED: Dtype = "bfloat16"  # likewise
-STD = 0.02  # of random numbers
-_SHIFTS = 2**20  # numbers by which blocks differ
+STD = 0.02  # of random elements
+_SHIFTS = 2**20  # elements by which blocks differ
 
 
 @dataclass(frozen=True)
-class Sizes:
+class BankSizes:
     """What is measured: the model and its bank, and how often.
 
     Attributes:
@@ -67,8 +67,8 @@ class Sizes:
         )
 
 
-FULL = Sizes()
-QUICK = Sizes(
+FULL = BankSizes()
+QUICK = BankSizes(
     width=64,
     layers=2,
     heads=2,
@@ -85,7 +85,7 @@ QUICK = Sizes(
 )
 
 
-def prepare(folder: Path, sizes: Sizes) -> BankShape:
+def prepare(folder: Path, sizes: BankSizes) -> BankShape:
     """Makes the bank, unless it is there.
 
     Raises:
@@ -111,7 +111,7 @@ def prepare(folder: Path, sizes: Sizes) -> BankShape:
     return shape
 
 
-def make_models(sizes: Sizes, bank: StoredBank) -> tuple[LanguageModel, LanguageModel]:
+def make_models(sizes: BankSizes, bank: StoredBank) -> tuple[LanguageModel, LanguageModel]:
     """A model that reads the bank and one without a bank; they share their weights."""
     shape = bank.shape
     options = BankOptions(branching=shape.branching, hidden=shape.hidden)
@@ -129,7 +129,7 @@ def make_models(sizes: Sizes, bank: StoredBank) -> tuple[LanguageModel, Language
     return served.eval(), base_model.eval()
 
 
-def _model(sizes: Sizes, feed_forward: LayerFactory) -> LanguageModel:
+def _model(sizes: BankSizes, feed_forward: LayerFactory) -> LanguageModel:
     attention = partial(SoftmaxAttention, heads=sizes.heads)
     return LanguageModel(
         sizes.width,

@@ -16,7 +16,7 @@ from mneme.harness.config.check import Config, ConfigError
 from mneme.harness.config.compose import compose_checked
 from mneme.harness.run.metrics_file import STEP, read_metrics
 from mneme.harness.run.run_directory import RunDirectory, RunError
-from mneme.storage.regular_file import read_regular
+from mneme.storage.files import read_regular
 from mneme.tasks.base import Task
 
 _LISTED = 30  # names of what is known, in a message about what is not

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mneme.storage.atomic_file import replacing
+from mneme.storage.files import replacing
 from mneme.tasks.recall.sampling import distinct
 
 Ids = NDArray[np.int64]

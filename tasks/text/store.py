@@ -23,7 +23,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mneme.storage.atomic_file import replacing
+from mneme.storage.files import replacing
 from mneme.tasks.text.corpus import (
     BLOCK_BYTES,
     Document,

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mneme.storage.atomic_file import replacing
+from mneme.storage.files import replacing
 from mneme.tasks.text.corpus import Document
 from mneme.tasks.text.learning import END_OF_DOCUMENT, SAMPLE_BYTES, learn_model
 from mneme.tasks.text.sentencepiece_model import (

@@ -17,8 +17,9 @@ from mneme.harness.run.metrics_file import read_metrics
 from mneme.harness.run.resume_check import resume_problems
 from mneme.harness.run.run_directory import RunDirectory, RunError, find_run
 from mneme.harness.run.training import prepare
-from mneme.models.bank import BankError, read_manifest
+from mneme.models.bank import read_manifest
 from mneme.routers import Router, RouterError
+from mneme.storage.files import StorageError
 from mneme.tasks.facts.words import Words
 from tests.harness.conftest import TINY
 
@@ -162,7 +163,7 @@ def test_a_fifo_in_the_place_of_a_file_is_refused_at_once(copied, name):
         "router/router.json": lambda: Router.load(path.parent),
         "bank/manifest.json": lambda: read_manifest(path.parent),
     }
-    refused = (RunError, BankError, RouterError, ValueError)
+    refused = (RunError, StorageError, RouterError, ValueError)
     with pytest.raises(refused, match=r"regular file|is no file|no run at"):
         reads.get(name, lambda: resume_run(str(copied.path)))()
 

@@ -1,24 +1,21 @@
 """Stored tables: what rounding costs, which files are refused, what the cache keeps."""
 
-import struct
+import json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+import xxhash
 from torch import nn
 
 from mneme.layers import PEER, ProductKeyMemory, TableOptions, UltraMem
-from mneme.layers.sparse.stored_table import Reads, StoredTable, replace_tables, store_tables
+from mneme.layers.sparse.stored_table import RowReads, StoredTable, replace_tables, store_tables
 from mneme.layers.sparse.table import Table
 from mneme.models import LanguageModel
-from mneme.storage.quantized_rows import (
-    BLOCK_ROWS,
-    Layout,
-    TableFileError,
-    decode,
-    encode,
-    write_table,
-)
+from mneme.storage.files import StorageError
+from mneme.storage.quantized_rows import RowFormat, decode, encode, write_table
+from mneme.storage.record_file import GROUP_ROWS, Layout, write_records
 
 BITS = pytest.mark.parametrize("bits", [8, 4])
 DENSE = TableOptions(update="dense")
@@ -30,7 +27,7 @@ def normal(*shape: int) -> torch.Tensor:
 
 
 def decoded(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    return decode(encode(weight, bits), Layout(*weight.shape, bits))
+    return decode(encode(weight, bits), RowFormat(weight.shape[1], bits))
 
 
 def table_of(weight: torch.Tensor) -> Table:
@@ -84,9 +81,9 @@ def test_rows_too_small_for_a_scale_become_zero_and_no_nan(bits):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_rows_that_are_not_finite_are_refused_by_number(tmp_path, bad):
-    weight = torch.zeros(BLOCK_ROWS + 9, 3)
-    weight[BLOCK_ROWS + 4, 1] = bad
-    with pytest.raises(ValueError, match=f"row {BLOCK_ROWS + 4} of the table is not finite"):
+    weight = torch.zeros(GROUP_ROWS + 9, 3)
+    weight[GROUP_ROWS + 4, 1] = bad
+    with pytest.raises(ValueError, match=f"row {GROUP_ROWS + 4} of the table is not finite"):
         write_table(tmp_path / "t.table", weight, bits=8)
 
 
@@ -128,7 +125,7 @@ def test_any_number_of_axes_and_no_tokens(file):
 
 
 def test_a_call_of_many_rows_is_answered_part_by_part(file, monkeypatch):
-    monkeypatch.setattr("mneme.layers.sparse.stored_table._LARGEST", 60)  # numbers of 12 rows
+    monkeypatch.setattr("mneme.layers.sparse.stored_table._LARGEST", 60)  # elements of 12 rows
     stored, table = StoredTable(file, cache_bytes=0), table_of(decoded(normal(50, 5), 4))
     parts, decoding = [], stored._decoded
     monkeypatch.setattr(stored, "_decoded", lambda rows: parts.append(len(rows)) or decoding(rows))
@@ -140,7 +137,7 @@ def test_a_call_of_many_rows_is_answered_part_by_part(file, monkeypatch):
 
 def test_each_distinct_row_of_a_call_is_read_once(file):
     stored = StoredTable(file, cache_bytes=0)
-    record = Layout(50, 5, 4).record
+    record = RowFormat(5, 4).record_bytes
     rows = torch.tensor([[7, 7, 3], [3, 7, 3]])
     stored.sum_rows(rows, torch.ones(2, 3))
     assert (stored.reads.rows, stored.reads.file_bytes) == (2, 2 * record)
@@ -170,7 +167,9 @@ def test_the_cache_keeps_within_its_budget(file, cache_bytes):
     cache = StoredTable(file, cache_bytes=cache_bytes).cache
     held = sum(a.nbytes for a in vars(cache).values() if hasattr(a, "nbytes"))
     assert held == cache.nbytes <= cache_bytes
-    slot = Layout(50, 5, 4).record + 1 + 8  # the number of one of 50 rows, and when it was read
+    slot = (
+        RowFormat(5, 4).record_bytes + 1 + 8
+    )  # the number of one of 50 rows, and when it was read
     assert cache.nbytes > cache_bytes - 8 * slot, "the budget is used but for less than a set"
 
 
@@ -180,15 +179,15 @@ def test_rows_that_were_read_come_from_the_cache(file):
     for _ in range(3):
         stored.sum_rows(rows, torch.ones(50, 1))
     assert (stored.reads.rows, stored.reads.cached) == (150, 100)
-    assert stored.reads.file_bytes == 50 * Layout(50, 5, 4).record
+    assert stored.reads.file_bytes == 50 * RowFormat(5, 4).record_bytes
 
 
 def test_the_row_that_was_read_longest_ago_gives_way(file):
-    slot = Layout(50, 5, 4).record + 1 + 8
+    slot = RowFormat(5, 4).record_bytes + 1 + 8
     stored = StoredTable(file, cache_bytes=3 * slot)
 
     def was_cached(row: int) -> bool:
-        stored.reads = Reads()
+        stored.reads = RowReads()
         stored.sum_rows(torch.tensor([[row]]), torch.ones(1, 1))
         return stored.reads.cached == 1
 
@@ -217,7 +216,9 @@ def damaged(file, at: int):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(TableFileError, match=r"there is no stored table at .*absent\.table"):
+    with pytest.raises(
+        StorageError, match=r"cannot open .*absent\.table, a stored table: No such file"
+    ):
         StoredTable(tmp_path / "absent.table")
 
 
@@ -225,48 +226,63 @@ def test_a_missing_file_is_named(tmp_path):
 def test_another_kind_of_file_is_named(tmp_path, content):
     path = tmp_path / "other.table"
     path.write_bytes(content)
-    with pytest.raises(TableFileError, match=r"other\.table is not a stored table"):
+    with pytest.raises(StorageError, match=r"other\.table is not a stored table"):
         StoredTable(path)
 
 
 @pytest.mark.parametrize(
-    ("kept", "says"), [(20, "cut short within its head"), (-1, "has 4,495 bytes where")]
+    ("kept", "says"),
+    [(20, "is cut short: it has 20 bytes, its header"), (-1, "has 8,591 bytes where")],
 )
 def test_a_file_that_was_cut_short_is_named(file, kept, says):
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(TableFileError, match=says):
+    with pytest.raises(StorageError, match=says):
         StoredTable(file)
 
 
 def test_a_file_with_more_than_its_rows_is_named(file):
     file.write_bytes(file.read_bytes() + b"x")
-    with pytest.raises(TableFileError, match=r"has 4,497 bytes where its 50 rows .* need 4,496"):
+    with pytest.raises(StorageError, match=r"has 8,593 bytes where its 50 rows of 8 need 8,592"):
         StoredTable(file)
 
 
-@pytest.mark.parametrize("at", [12, 16, 24, 32, 36, 40])
-def test_a_flipped_bit_of_the_head_is_found_on_opening(file, at):
-    with pytest.raises(TableFileError, match=r"the head of .* is damaged"):
+@pytest.mark.parametrize("at", [8, 12, 40, 300, 4095, 4096, 4104, 8191])
+def test_a_flipped_bit_of_header_and_checksums_is_found_on_opening(file, at):
+    with pytest.raises(StorageError, match=r"the (header|checksums) (of|in) .* (is|are) damaged"):
         StoredTable(damaged(file, at))
 
 
-def test_versions_and_byte_orders_to_come_are_refused(file):
-    original = file.read_bytes()
-    file.write_bytes(original[:10] + struct.pack("=H", 2) + original[12:])
-    with pytest.raises(TableFileError, match="has version 2 of the format; this one reads 1"):
+def test_other_formats_are_refused_by_name(file):
+    file.write_bytes(b"mnemetab" + bytes(9000))  # the first format
+    says = "has version 1 of the format, and this program reads 2; store the table again"
+    with pytest.raises(StorageError, match=says):
         StoredTable(file)
-    file.write_bytes(original[:8] + original[9:7:-1] + original[10:])
-    with pytest.raises(TableFileError, match="another byte order"):
+    write_records(file, Layout("blocks", 3, 5, {}), [bytes(5)] * 3)
+    with pytest.raises(StorageError, match="is a level of a memory bank, not a stored table"):
         StoredTable(file)
+    for about in ({"dim": 5, "bits": 3}, {"dim": 9, "bits": 8}, {"dim": 4}, {}):
+        write_records(file, Layout("rows", 3, 8, about), [bytes(24)])
+        with pytest.raises(StorageError, match=r"header of .* contradicts itself.*; store the ta"):
+            StoredTable(file)
+
+
+def test_a_file_is_as_its_format_says(file):
+    data = file.read_bytes()
+    head = json.loads(data[8:4088].rstrip(b"\0"))
+    assert (data[:8], head["kind"], head["count"], head["group"]) == (b"mnemerec", "rows", 50, 4096)
+    assert (head["about"], head["stride"]) == ({"dim": 5, "bits": 4}, 8)
+    rows = data[head["records"] :]
+    assert data[4104:4112] == xxhash.xxh3_64_digest(rows)[::-1]
+    scale = normal(50, 5).abs().amax(1) / 7
+    assert np.array_equal(np.frombuffer(rows, "<f4")[::2], scale.numpy())
 
 
 def test_a_flipped_bit_of_a_row_is_found_by_verify(tmp_path):
-    path, rows = tmp_path / "t.table", BLOCK_ROWS + 100
+    path, rows = tmp_path / "t.table", GROUP_ROWS + 100
     write_table(path, normal(rows, 3), bits=8)
     StoredTable(path).file.verify()
-    layout = Layout(rows, 3, 8)
-    damaged(path, layout.head + (BLOCK_ROWS + 5) * layout.record + 4)
-    with pytest.raises(TableFileError, match=f"damaged in rows {BLOCK_ROWS} to {rows - 1}"):
+    damaged(path, 8192 + (GROUP_ROWS + 5) * RowFormat(3, 8).record_bytes + 4)
+    with pytest.raises(StorageError, match=f"damaged in rows {GROUP_ROWS} to {rows - 1}"):
         StoredTable(path).file.verify()
 
 
@@ -275,7 +291,7 @@ def test_the_checksum_tells_tables_of_one_shape_apart(tmp_path):
         write_table(tmp_path / "t.table", weight, bits=8)
         return StoredTable(tmp_path / "t.table").file.checksum
 
-    weight = normal(BLOCK_ROWS + 9, 3)
+    weight = normal(GROUP_ROWS + 9, 3)
     first = checksum(weight)
     assert checksum(weight) == first
     weight[-1, 0] += 1
@@ -285,11 +301,11 @@ def test_the_checksum_tells_tables_of_one_shape_apart(tmp_path):
 def test_the_file_is_as_large_as_its_layout_says(tmp_path):
     for bits, dim, record in [(8, 5, 12), (4, 5, 8), (4, 64, 36), (8, 64, 68)]:
         write_table(tmp_path / "t.table", normal(3, dim), bits=bits)
-        assert (tmp_path / "t.table").stat().st_size == 4096 + 3 * record
+        assert (tmp_path / "t.table").stat().st_size == 8192 + 3 * record
 
 
 def test_a_writer_that_fails_half_way_leaves_the_older_file(tmp_path):
-    path, weight = tmp_path / "t.table", normal(2 * BLOCK_ROWS, 3)
+    path, weight = tmp_path / "t.table", normal(2 * GROUP_ROWS, 3)
     write_table(path, weight, bits=8)
     older = path.read_bytes()
     weight[-1, 0] = float("nan")  # found when the first block is written
@@ -352,7 +368,7 @@ def test_files_of_another_model_are_refused(tmp_path):
         return LanguageModel(8, vocab_size=11, n_layers=1, pattern=[[recipe]])
 
     store_tables(model(4), tmp_path, bits=8)
-    with pytest.raises(TableFileError, match="16 rows of 8 values; the layer reads 25 of 8"):
+    with pytest.raises(StorageError, match="16 rows of 8 values; the layer reads 25 of 8"):
         replace_tables(model(5), tmp_path)
 
 

@@ -12,7 +12,9 @@ from mneme.harness.run.checkpoints import checkpoint_config, read_checkpoint
 from mneme.harness.run.jobs import start_run
 from mneme.harness.run.run_directory import RunDirectory, RunError
 from mneme.layers import replace_tables
-from mneme.storage.quantized_rows import BLOCK_ROWS, TableFile, TableFileError
+from mneme.storage.files import StorageError
+from mneme.storage.quantized_rows import TableFile
+from mneme.storage.record_file import GROUP_ROWS
 from scripts import store_tables
 from scripts.store_tables import MODEL, export, served_model
 from tests.harness.conftest import TINY
@@ -114,7 +116,7 @@ def test_tables_of_another_model_of_the_same_shape_are_refused(trained, tmp_path
     name = "tables.memory_plus.table"
     served_model(ours, cache_bytes=0)
     shutil.copy(theirs / name, ours / name)
-    with pytest.raises(TableFileError, match=r"plus\.table is not the table that was stored with"):
+    with pytest.raises(StorageError, match=r"plus\.table is not the table that was stored with"):
         served_model(ours, cache_bytes=0)
     with pytest.raises(RunError, match=r"plus\.table is not the table that was stored with"):
         store_tables.run([str(tmp_path), "--verify"])
@@ -129,16 +131,16 @@ def test_verifying_names_every_damaged_file_and_its_rows(trained, tmp_path, caps
     assert capsys.readouterr().out.splitlines() == [f"{folder}: as written" for folder in folders]
     files = [folder / "tables.memory_plus.table" for folder in folders]
     for file in files:
-        flip_a_bit(file, TableFile(file).layout.head + 9)
-    rows = TableFile(files[0]).layout.rows
-    assert rows <= BLOCK_ROWS
+        flip_a_bit(file, TableFile(file).layout.records + 9)
+    rows = TableFile(files[0]).layout.count
+    assert rows <= GROUP_ROWS
     with pytest.raises(RunError) as caught:
         store_tables.run([str(run.path), "--verify"])
     assert str(caught.value).splitlines() == [
-        f"{file} is damaged in rows 0 to {rows - 1}; store it again" for file in files
+        f"{file} is damaged in rows 0 to {rows - 1}; store the table again" for file in files
     ]
     files[0].unlink()
-    with pytest.raises(RunError, match="there is no stored table at"):
+    with pytest.raises(RunError, match=r"cannot open .*plus\.table, a stored table"):
         store_tables.run([str(run.path), "--verify", "--bits", "8"])
 
 

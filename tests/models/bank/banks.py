@@ -31,7 +31,12 @@ def save(folder: Path, *, seed=0, shape=SHAPE, dtype="float32", **options) -> Ma
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files but the lock."""
+    """All files but locks."""
+    return {name: data for name, data in everything(folder).items() if not name.endswith(".lock")}
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """All files but the writer's lock."""
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
 
 

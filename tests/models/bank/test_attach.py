@@ -12,10 +12,10 @@ from mneme.harness.run.run_directory import RunError
 from mneme.layers import BankOptions, MemoryBank
 from mneme.layers.bank.memory_bank import GENERIC
 from mneme.models import make_optimizer
-from mneme.models.bank import BankError, model_hash
-from mneme.models.bank.attach import attach_bank
-from mneme.models.bank.attach_saved import attach_saved, attach_stored
+from mneme.models.bank import model_hash
+from mneme.models.bank.attach import attach_bank, attach_saved, attach_stored
 from mneme.routers import HashedTfidf, Router
+from mneme.storage.files import StorageError
 from scripts import attach_bank as attach_bank_program
 from tests.helpers import assert_close
 
@@ -261,9 +261,9 @@ def test_a_bank_goes_with_its_model_and_router_only(tmp_path):
     attached.save(tmp_path, router="abc")
     assert attached.save(tmp_path, router="abc").base_model == model_hash(attached.detach())
     for attach in (attach_saved, attach_stored):
-        with pytest.raises(BankError, match="use the weights of that base model"):
+        with pytest.raises(StorageError, match="use the weights of that base model"):
             attach(tiny(seed=1), tmp_path)
-        with pytest.raises(BankError, match="route with that router"):
+        with pytest.raises(StorageError, match="route with that router"):
             attach(model, tmp_path, router="abd")
     assert not any(module._forward_hooks for module in model.modules())
 

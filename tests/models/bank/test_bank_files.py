@@ -5,6 +5,7 @@ import os
 import resource
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,17 +15,18 @@ from torch import nn
 
 from mneme.layers.bank.memory_bank import BankShape
 from mneme.models.bank import (
-    BankError,
-    LevelFile,
-    manifest,
+    BankFiles,
     model_hash,
-    open_levels,
     read_manifest,
     replace_block,
     verify_bank,
     write_bank,
 )
-from mneme.models.bank.journal import locked
+from mneme.storage import generations, record_file
+from mneme.storage.files import StorageError
+from mneme.storage.record_file import RecordFile
+from mneme.storage.writing import locked
+from scripts import bank as bank_program
 from tests.models.bank.banks import NODES, SHAPE, block, contents, damage, finish, fork, save
 
 HASH, OTHER = "a1" * 32, "b2" * 32
@@ -41,12 +43,13 @@ def first_file(folder, level=3):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_blocks_are_read_as_they_were_written(tmp_path, dtype):
     written = save(tmp_path, dtype=dtype, router=HASH, base_model=OTHER, facts={"step": 7})
-    found, levels = open_levels(tmp_path, router=HASH, base_model=OTHER)
+    bank = BankFiles(tmp_path, router=HASH, base_model=OTHER)
+    found = bank.manifest
     assert found == written
     assert (found.generation, found.shape, found.facts) == (1, SHAPE, {"step": 7})
     for level, node in NODES:
         expected = block(level, node).to(getattr(torch, dtype))
-        assert torch.equal(levels[level].read(node), expected)
+        assert torch.equal(bank.read(level, node), expected)
     assert verify_bank(tmp_path) == []
 
 
@@ -55,50 +58,44 @@ def test_a_bank_may_be_stored_in_another_dtype_than_its_blocks(tmp_path):
         return (block(level, n).double() for n in range(SHAPE.nodes(level)))
 
     write_bank(tmp_path, SHAPE, records, dtype="float16")
-    assert torch.equal(LevelFile(first_file(tmp_path)).read(2), block(3, 2).half())
+    assert torch.equal(BankFiles(tmp_path).read(3, 2), block(3, 2).half())
 
 
 def test_a_file_is_as_its_format_says(tmp_path):
     save(tmp_path, dtype="float16", router=HASH)
     data = (tmp_path / "level3-1.bank").read_bytes()
-    length = int.from_bytes(data[8:16], "little")
-    head = json.loads(data[16 : 16 + length])
-    assert data[:8] == b"mnemebnk"
-    assert data[16 + length : 24 + length] == xxhash.xxh3_64_digest(data[: 16 + length])[::-1]
-    assert (head["version"], head["level"], head["router"], head["base_model"]) == (
-        1,
-        3,
-        HASH,
-        None,
-    )
-    assert (head["nodes"], head["record_bytes"], head["stride"]) == (8, 2 * 2 * 5 * 2, 4096)
+    head = json.loads(data[8:4088].rstrip(b"\0"))
+    assert data[:8] == b"mnemerec"
+    assert data[4088:4096] == xxhash.xxh3_64_digest(data[:4088])[::-1]
+    assert (head["version"], head["kind"], head["count"], head["group"]) == (2, "blocks", 8, 1)
+    about = {"level": 3, "generation": 1, "dtype": "float16", "router": HASH, "base_model": None}
+    assert head["about"] == {**about, "shape": {**vars(SHAPE), "hidden": [3, 0, 2]}}
+    assert (head["record_bytes"], head["stride"]) == (2 * 2 * 5 * 2, 4096)
     assert (head["checksums"], head["records"], len(data)) == (4096, 8192, head["file_bytes"])
-    table = data[4104 : 4104 + 8 * 8]
-    assert data[4096:4104] == xxhash.xxh3_64_digest(table)[::-1]
+    assert data[4096:4104] == xxhash.xxh3_64_digest(data[4104:8192])[::-1]
     for node in range(8):
-        record = data[8192 + 4096 * node :][:40]
+        record = data[8192 + 4096 * node :][:4096]
         assert np.array_equal(
-            np.frombuffer(record, "<f2").reshape(2, 2, 5), block(3, node).half().numpy()
+            np.frombuffer(record[:40], "<f2").reshape(2, 2, 5), block(3, node).half().numpy()
         )
-        assert table[8 * node :][:8] == xxhash.xxh3_64_digest(record)[::-1]
-        assert not any(data[8192 + 4096 * node + 40 : 8192 + 4096 * (node + 1)])
+        assert data[4104 + 8 * node :][:8] == xxhash.xxh3_64_digest(record)[::-1]
+        assert not any(record[40:])
 
 
 def test_records_of_any_size_begin_at_pages(tmp_path):
     shape = BankShape(places=3, branching=3, hidden=(1, 7, 1), width=90)
     save(tmp_path, shape=shape)
-    _, levels = open_levels(tmp_path)
-    assert [levels[n].layout.stride for n in (0, 1, 2, 3)] == [12288, 4096, 8192, 4096]
-    assert levels[2].layout.records % 4096 == 0
-    assert torch.equal(levels[2].read(8), block(2, 8, shape=shape))
+    files = [RecordFile(first_file(tmp_path, level), "blocks") for level in (0, 1, 2, 3)]
+    assert [file.layout.stride for file in files] == [12288, 4096, 8192, 4096]
+    assert files[2].layout.records % 4096 == 0
+    assert torch.equal(BankFiles(tmp_path).read(2, 8), block(2, 8, shape=shape))
 
 
 def test_a_table_of_checksums_may_need_several_pages(tmp_path):
     shape = BankShape(places=1, branching=23, hidden=(0, 1), width=1)
     save(tmp_path, shape=shape)
-    file = LevelFile(first_file(tmp_path, level=2))
-    assert file.layout.records == 3 * 4096
-    assert torch.equal(file.read(528), block(2, 528, shape=shape))
+    assert RecordFile(first_file(tmp_path, level=2), "blocks").layout.records == 3 * 4096
+    assert torch.equal(BankFiles(tmp_path).read(2, 528), block(2, 528, shape=shape))
 
 
 def test_one_record_at_a_time_is_in_memory(tmp_path):
@@ -125,18 +122,19 @@ def test_a_newer_bank_takes_the_place_of_an_older(tmp_path):
     assert save(tmp_path, seed=1, shape=newer).generation == 2
     names = {"manifest.json", "level0-2.bank", "level2-2.bank", "level3-2.bank"}
     assert set(contents(tmp_path)) == names
-    assert torch.equal(LevelFile(first_file(tmp_path)).read(5), block(3, 5, seed=1, shape=newer))
+    assert torch.equal(BankFiles(tmp_path).read(3, 5), block(3, 5, seed=1, shape=newer))
 
 
 def test_files_of_a_failed_write_go_with_the_next_write_and_not_before(tmp_path):
     save(tmp_path)
-    strays = ["level3-2.bank", ".level1-2.bank.x7d_9", ".manifest.json.abc"]
+    strays = ["level3-2.bank", "generation-2.lock"]
+    strays += [f".{name}.{16 * 'a'}" for name in ("level1-2.bank", "manifest.json")]
     for name in [*strays, "notes.txt"]:
         (tmp_path / name).write_bytes(b"part")
     read_manifest(tmp_path)
-    assert set(contents(tmp_path)) >= set(strays)
+    assert set(os.listdir(tmp_path)) >= set(strays)
     assert save(tmp_path).generation == 3
-    assert set(contents(tmp_path)).isdisjoint(strays)
+    assert set(os.listdir(tmp_path)).isdisjoint(strays)
     assert (tmp_path / "notes.txt").exists()
 
 
@@ -160,7 +158,7 @@ def test_a_bank_whose_manifest_is_lost_can_be_written_again(tmp_path):
     save(tmp_path)
     damage(tmp_path / "manifest.json", 40)
     before = contents(tmp_path)
-    with pytest.raises(BankError, match="level 0 has 1 blocks; only 0 were given"):
+    with pytest.raises(StorageError, match=r"level0-2\.bank needs 1 blocks; only 0 were given"):
         write_bank(tmp_path, SHAPE, lambda level: [], dtype="float32")
     assert contents(tmp_path) == before, "it may yet be repaired"
     assert save(tmp_path).generation == 2
@@ -171,65 +169,85 @@ def test_a_bank_whose_manifest_is_lost_can_be_written_again(tmp_path):
 def test_one_bank_has_one_writer_at_a_time(tmp_path):
     save(tmp_path)
     before = contents(tmp_path)
-    with locked(tmp_path), pytest.raises(BankError, match="another process or thread is writing"):
+    with (
+        locked(tmp_path),
+        pytest.raises(StorageError, match="another process or thread is writing"),
+    ):
         save(tmp_path)
     assert contents(tmp_path) == before
     save(tmp_path)
 
 
-def test_a_bank_that_is_replaced_while_it_is_opened_is_opened_anew(tmp_path, monkeypatch):
-    save(tmp_path)
-    opening = manifest.open_level
-
-    def late(folder, found, level):
-        if level == 1 and found.generation == 1:
-            save(tmp_path, seed=1)
-        return opening(folder, found, level)
-
-    monkeypatch.setattr(manifest, "open_level", late)
-    found, levels = open_levels(tmp_path)
-    assert found.generation == 2
-    assert torch.equal(levels[0].read(0), block(0, 0, seed=1))
-
-
-@pytest.fixture
-def opened(monkeypatch):
-    """The files that were opened so far, by their levels."""
-    found, opening = [], manifest.open_level
-
-    def noted(folder, of, level):
-        found.append(level)
-        return opening(folder, of, level)
-
-    monkeypatch.setattr(manifest, "open_level", noted)
-    return found
-
-
 @pytest.mark.parametrize("change", [save, lambda folder: replace_block(folder, 3, 2, block(3, 0))])
-def test_a_bank_that_changes_while_it_is_verified_is_verified_anew(
-    tmp_path, opened, monkeypatch, change
+def test_a_bank_that_changes_while_it_is_opened_is_opened_as_it_is_then(
+    tmp_path, monkeypatch, change
 ):
+    """Between the look at the manifest and the lock."""
+    save(tmp_path, seed=1)
+    opening, changes = generations.open_regular, []
+
+    def late(path):
+        if path.name == "generation-1.lock" and not changes:
+            changes.append(change(tmp_path))
+            assert not path.exists(), "nobody holds it"
+        return opening(path)
+
+    monkeypatch.setattr(generations, "open_regular", late)
+    with BankFiles(tmp_path) as bank:
+        assert bank.manifest.generation == 2
+        assert torch.equal(bank.read(3, 2), block(3, 2 if change is save else 0))
+        assert torch.equal(bank.read(1, 0), block(1, 0, seed=int(change is not save)))
+    assert len(changes) == 1
+
+
+def test_a_bank_that_changes_while_it_is_read_is_read_as_it_was(tmp_path):
     save(tmp_path)
-    reading = LevelFile.read
-
-    def late(file, node):
-        if len(opened) == 3:
-            opened.append("change")
-            change(tmp_path)
-        return reading(file, node)
-
-    monkeypatch.setattr(LevelFile, "read", late)
+    with BankFiles(tmp_path) as bank:
+        replace_block(tmp_path, 3, 2, block(3, 0))
+        save(tmp_path, seed=1)
+        assert bank.held.problems() == []
+        assert torch.equal(bank.read(3, 2), block(3, 2))
+        assert set(contents(tmp_path)) >= {f"level{n}-{g}.bank" for n in (0, 1, 3) for g in (1, 3)}
     assert verify_bank(tmp_path) == []
-    assert opened[-3:] == [0, 1, 3]
+    save(tmp_path, seed=2)
+    assert set(contents(tmp_path)) == {"manifest.json", *(f"level{n}-4.bank" for n in (0, 1, 3))}
 
 
-def test_a_damaged_bank_is_read_once(tmp_path, opened):
+def test_generations_that_nobody_reads_do_not_wait_for_one_that_is_read(tmp_path):
     save(tmp_path)
-    damage(first_file(tmp_path), 8192)
-    assert len(verify_bank(tmp_path)) == 1
-    assert opened == [0, 1, 3]
-    with pytest.raises(BankError):
-        open_levels(tmp_path, router=HASH)
+    with BankFiles(tmp_path):
+        for seed in (1, 2, 3):
+            save(tmp_path, seed=seed)
+        found = {int(path.stem.split("-")[1]) for path in tmp_path.glob("level3-*.bank")}
+        assert found == {1, 4}
+
+
+def test_a_lock_that_is_lost_is_named(tmp_path):
+    save(tmp_path)
+    (tmp_path / "generation-1.lock").unlink()
+    with pytest.raises(
+        StorageError, match=r"cannot lock .*generation-1\.lock, as readers do: No such"
+    ):
+        BankFiles(tmp_path)
+    assert read_manifest(tmp_path).generation == 1
+    (tmp_path / "generation-1.lock").touch()
+    BankFiles(tmp_path).close()
+
+
+def test_who_may_not_write_reads(tmp_path):
+    save(tmp_path)
+    for path in (tmp_path, *tmp_path.iterdir()):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+
+    def read(report):
+        os.chdir(tmp_path)  # another user may not come in from above
+        if os.geteuid() == 0:
+            os.setuid(65534)  # as root may write everywhere
+        with BankFiles(Path()) as bank:
+            report(torch.equal(bank.read(3, 5), block(3, 5)))
+
+    assert finish(*fork(read))[0] == ["True"]
+    tmp_path.chmod(0o755)
 
 
 def test_files_may_be_read_by_those_who_may_read_new_files(tmp_path):
@@ -250,7 +268,7 @@ def test_a_full_disk_is_one_error_and_leaves_the_older_bank(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # enough for levels 0 and 1
         try:
             save(tmp_path, seed=1)
-        except BankError as error:
+        except StorageError as error:
             report(error)
 
     (message,), _ = finish(*fork(write))
@@ -278,7 +296,7 @@ def test_blocks_that_cannot_be_stored_are_named(tmp_path, wrong, says):
         blocks = [block(level, n) for n in range(SHAPE.nodes(level))]
         return blocks if level < 3 else [*blocks[:6], wrong, blocks[7]]
 
-    with pytest.raises(BankError, match=says):
+    with pytest.raises(StorageError, match=says):
         write_bank(tmp_path, SHAPE, records, dtype="float16")
     assert contents(tmp_path) == {}
 
@@ -288,7 +306,7 @@ def test_too_few_and_too_many_blocks_are_refused(tmp_path, count, says):
     def records(level):
         return [block(level, n) for n in range(count if level == 3 else SHAPE.nodes(level))]
 
-    with pytest.raises(BankError, match=f"level 3 has 8 blocks; {says} were given"):
+    with pytest.raises(StorageError, match=rf"level3-1\.bank needs 8 blocks; {says} were given"):
         write_bank(tmp_path, SHAPE, records, dtype="float32")
 
 
@@ -299,7 +317,9 @@ def test_facts_that_json_cannot_hold_are_refused_before_anything_is_written(tmp_
 
 
 def test_hashes_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(BankError, match="give shorter hashes"):
+    with pytest.raises(
+        StorageError, match="shorten what it says about the records, such as hashes"
+    ):
         save(tmp_path, router="a" * 4000)
 
 
@@ -314,17 +334,19 @@ def bank(tmp_path):
 
 def test_a_missing_bank_is_named(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(BankError, match=f"no memory bank in {folder}: it has no manifest.json"):
+        with pytest.raises(
+            StorageError, match=f"no memory bank in {folder}: it has no manifest.json"
+        ):
             read_manifest(folder)
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b'{"version": 1}', b'{"version": 1, "checksum": "0"}'],
+    [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b'{"version": 2}', b'{"version": 2, "checksum": "0"}'],
 )
 def test_a_manifest_that_is_none_is_named(bank, content):
     (bank / "manifest.json").write_bytes(content)
-    with pytest.raises(BankError, match=r"manifest\.json is damaged or was changed by hand"):
+    with pytest.raises(StorageError, match=r"manifest\.json is damaged or was changed by hand"):
         read_manifest(bank)
 
 
@@ -333,22 +355,44 @@ def test_a_flipped_bit_of_a_manifest_is_found_wherever_it_is(bank):
     original = path.read_bytes()
     for at in range(0, len(original), 61):
         damage(path, at)
-        with pytest.raises(BankError):
+        with pytest.raises(StorageError):
             read_manifest(bank)
         path.write_bytes(original)
     read_manifest(bank)
 
 
-def test_versions_to_come_are_refused(bank, monkeypatch):
+def test_other_versions_are_refused_by_name(bank, monkeypatch):
     path = bank / "manifest.json"
     original = path.read_text()
-    path.write_text(original.replace('"version": 1', '"version": 2'))
-    with pytest.raises(BankError, match=r"manifest\.json has version 2 of the format; .* reads 1"):
-        read_manifest(bank)
+    for version in (1, 3):
+        path.write_text(original.replace('"version": 2', f'"version": {version}'))
+        says = (
+            rf"json has version {version} of the format, and .* reads 2; save the bank again from"
+        )
+        with pytest.raises(StorageError, match=says):
+            read_manifest(bank)
+        assert "has version" in verify_bank(bank)[0]
     path.write_text(original)
-    monkeypatch.setattr("mneme.models.bank.level_file.VERSION", 3)
-    with pytest.raises(BankError, match=r"level3-1\.bank has version 1 of the format; .* reads 3"):
-        LevelFile(first_file(bank))
+    monkeypatch.setattr(record_file, "VERSION", 3)
+    with pytest.raises(
+        StorageError, match=r"level3-1\.bank has version 2 of the format, .* reads 3"
+    ):
+        RecordFile(first_file(bank), "blocks")
+    monkeypatch.undo()
+    first_file(bank).write_bytes(b"mnemebnk" + bytes(5000))  # the first format
+    with pytest.raises(
+        StorageError, match=r"level3-1\.bank has version 1 of the format, .* reads 2"
+    ):
+        BankFiles(bank)
+
+
+def test_a_bank_of_version_1_can_be_written_over(tmp_path):
+    save(tmp_path)
+    manifest = (tmp_path / "manifest.json").read_text()
+    (tmp_path / "manifest.json").write_text(manifest.replace('"version": 2', '"version": 1'))
+    save(tmp_path, seed=1)
+    assert verify_bank(tmp_path) == []
+    assert set(contents(tmp_path)) == {"manifest.json", *(f"level{n}-2.bank" for n in (0, 1, 3))}
 
 
 @pytest.mark.parametrize("what", ["router", "base_model"])
@@ -356,30 +400,32 @@ def test_another_router_and_another_base_model_are_refused(bank, what):
     found = {"router": HASH, "base_model": OTHER}[what]
     word = what.replace("_", " ")
     says = rf"for the {word} {found[:12]}, and is used with cccccccccccc; .* that {word}"
-    with pytest.raises(BankError, match=says):
+    with pytest.raises(StorageError, match=says):
         read_manifest(bank, **{what: "c" * 64})
     read_manifest(bank, **{what: found})
 
 
 def test_a_bank_of_no_known_router_is_refused_to_a_router(tmp_path):
     save(tmp_path)
-    with pytest.raises(BankError, match="written without naming its router, and is used with a1a1"):
-        open_levels(tmp_path, router=HASH)
+    with pytest.raises(
+        StorageError, match="written without naming its router, and is used with a1a1"
+    ):
+        BankFiles(tmp_path, router=HASH)
 
 
 def test_a_missing_level_is_named(bank):
     first_file(bank, level=1).unlink()
     with pytest.raises(
-        BankError, match=r"cannot open .*level1-1\.bank, a level of a bank: No such"
+        StorageError, match=r"cannot open .*level1-1\.bank, a level of a memory bank: No such"
     ):
-        open_levels(bank)
+        BankFiles(bank)
 
 
 @pytest.mark.parametrize("content", [b"", b"short", b"PK\x03\x04" + bytes(9000)])
 def test_another_kind_of_file_is_named(bank, content):
     first_file(bank).write_bytes(content)
-    with pytest.raises(BankError, match=r"level3-1\.bank is not a level of a memory bank"):
-        open_levels(bank)
+    with pytest.raises(StorageError, match=r"level3-1\.bank is not a level of a memory bank"):
+        BankFiles(bank)
 
 
 @pytest.mark.parametrize(
@@ -387,32 +433,30 @@ def test_another_kind_of_file_is_named(bank, content):
     [
         (5, "cut short: it has 5 bytes, its header alone 4,096"),
         (4095, "cut short: it has 4,095 bytes, its header alone 4,096"),
-        (4096, "has 4,096 bytes where its 8 records of 4,096 need 40,960"),
-        (40_959, "has 40,959 bytes where its 8 records of 4,096 need 40,960"),
+        (4096, "has 4,096 bytes where its 8 blocks of 4,096 need 40,960"),
+        (40_959, "has 40,959 bytes where its 8 blocks of 4,096 need 40,960"),
         (40_961, "has 40,961 bytes where"),
     ],
 )
 def test_a_level_that_was_cut_short_is_named(bank, kept, says):
     path = first_file(bank)
     path.write_bytes((path.read_bytes() + b"x")[:kept])
-    with pytest.raises(BankError, match=rf"level3-1\.bank (is )?{says}"):
-        open_levels(bank)
+    with pytest.raises(StorageError, match=rf"level3-1\.bank (is )?{says}"):
+        BankFiles(bank)
 
 
-@pytest.mark.parametrize("at", [8, 12, 15, 16, 60, 300])
+@pytest.mark.parametrize("at", [8, 12, 15, 16, 60, 300, 2000, 4095])
 def test_a_flipped_bit_of_the_header_is_found_on_opening(bank, at):
     damage(first_file(bank), at)
-    with pytest.raises(BankError, match=r"the header of .*level3-1\.bank is damaged"):
-        open_levels(bank)
+    with pytest.raises(StorageError, match=r"the header of .*level3-1\.bank is damaged"):
+        BankFiles(bank)
 
 
-@pytest.mark.parametrize("at", [4096, 4103, 4104, 4096 + 8 + 8 * 8 - 1])
+@pytest.mark.parametrize("at", [4096, 4103, 4104, 4096 + 8 + 8 * 8 - 1, 8191])
 def test_a_flipped_bit_of_the_checksums_is_found_on_opening(bank, at):
     damage(first_file(bank), at)
-    with pytest.raises(
-        BankError, match=r"the checksums of records in .*level3-1\.bank are damaged"
-    ):
-        open_levels(bank)
+    with pytest.raises(StorageError, match=r"the checksums in .*level3-1\.bank are damaged"):
+        BankFiles(bank)
 
 
 def test_a_level_of_another_write_is_refused(bank, tmp_path_factory):
@@ -421,59 +465,55 @@ def test_a_level_of_another_write_is_refused(bank, tmp_path_factory):
         save(other, router=HASH, base_model=OTHER)
     first_file(bank).write_bytes(first_file(other).read_bytes())
     with pytest.raises(
-        BankError, match=r"level3-1\.bank is not of this bank: its generation is 2, "
+        StorageError, match=r"level3-1\.bank is not of this bank: its generation is 2, "
     ):
-        open_levels(bank)
+        BankFiles(bank)
 
 
 def test_a_level_of_another_bank_is_refused(bank, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     save(other, router=HASH, base_model=OTHER, dtype="bfloat16")
     first_file(bank).write_bytes(first_file(other).read_bytes())
-    with pytest.raises(BankError, match=r"its dtype is bfloat16, and that of .*json is float32"):
-        open_levels(bank)
+    with pytest.raises(StorageError, match=r"its dtype is bfloat16, and that of .*json is float32"):
+        BankFiles(bank)
 
 
-@pytest.mark.parametrize("at", [0, 79])
+@pytest.mark.parametrize("at", [0, 79, 80, 4095])
 def test_a_flipped_bit_of_a_record_is_found_on_reading_it(bank, at):
     damage(first_file(bank), 8192 + 5 * 4096 + at)
-    _, levels = open_levels(bank)
-    with pytest.raises(BankError, match=r"record 5 of .*level3-1\.bank is damaged"):
-        levels[3].read(5)
-    levels[3].read(4)
-
-
-def test_half_a_record_is_refused(bank):
-    file = LevelFile(first_file(bank))
-    record = bytes(file.layout.encode(block(3, 5)))
-    file.check(5, record + bytes(100))
-    file.check(5, np.frombuffer(record, np.uint8))
-    with pytest.raises(BankError, match="has 80 bytes, of which 79 were read"):
-        file.check(5, record[:-1])
+    files = BankFiles(bank)
+    with pytest.raises(StorageError, match=r"level3-1\.bank is damaged in block 5"):
+        files.read(3, 5)
+    files.read(3, 4)
 
 
 def test_a_file_that_is_cut_while_it_is_open_is_named(bank):
-    file = LevelFile(first_file(bank))
-    file.path.write_bytes(file.path.read_bytes()[: 8192 + 7 * 4096 + 10])
-    file.read(6)
-    with pytest.raises(BankError, match=r"record 7 of .* has 80 bytes, of which 10 were read"):
-        file.read(7)
+    files = BankFiles(bank)
+    os.truncate(first_file(bank), 8192 + 7 * 4096 + 10)
+    files.read(3, 6)
+    with pytest.raises(StorageError, match=r"has 10 bytes of block 7, which needs 4,096; was the"):
+        files.read(3, 7)
 
 
 @pytest.mark.parametrize("node", [-1, 8])
 def test_blocks_that_are_not_there_are_refused(bank, node):
-    with pytest.raises(BankError, match=rf"level3-1\.bank has blocks 0 to 7, and no {node}"):
-        LevelFile(first_file(bank)).read(node)
+    with pytest.raises(StorageError, match=rf"level 3 has blocks 0 to 7, and no {node}"):
+        BankFiles(bank).read(3, node)
 
 
-def test_verify_tells_all_problems(bank):
+def test_verify_tells_all_problems(bank, capsys):
+    bank_program.run(["verify", str(bank)])
+    assert "every block is as it was written; generation 1, 3 files" in capsys.readouterr().out
     for node in (2, 6):
         damage(first_file(bank), 8192 + node * 4096)
     damage(first_file(bank, level=1), 4096)
     problems = verify_bank(bank)
     assert len(problems) == 3
     assert "level1-1.bank are damaged" in problems[0]
-    assert ["record 2" in problems[1], "record 6" in problems[2]] == [True, True]
+    assert ["block 2" in problems[1], "block 6" in problems[2]] == [True, True]
+    with pytest.raises(StorageError) as caught:
+        bank_program.run(["verify", str(bank)])
+    assert str(caught.value).splitlines() == problems
     (bank / "manifest.json").unlink()
     assert "no manifest.json" in verify_bank(bank)[0]
 

@@ -1,16 +1,25 @@
 """A writer that is killed loses nothing that it reported, and leaves a bank that is whole."""
 
+import os
 import random
 import select
+import signal
 import sys
 import time
 from itertools import count
 
 import torch
 
-from mneme.models.bank import export_blocks, read_manifest, replace_blocks, verify_bank, write_bank
-from mneme.models.bank.journal import JOURNAL
-from tests.models.bank.banks import NODES, SHAPE, contents, finish, fork
+from mneme.models.bank import (
+    BankFiles,
+    export_blocks,
+    read_manifest,
+    replace_blocks,
+    verify_bank,
+    write_bank,
+)
+from mneme.storage.generations import read_generation
+from tests.models.bank.banks import NODES, SHAPE, everything, finish, fork
 
 EDITED = [(1, 0), (3, 5)]
 KILLS = 10
@@ -75,18 +84,18 @@ def moments_of(act, folder) -> list[dict[str, bytes]]:
 
     What the process has not yet given to the system is not in them, and would be lost.
     """
-    found = [contents(folder)]
+    found = [everything(folder)]
 
     def look(frame, event, function):
-        if event == "c_call" and function.__name__ in CHANGING and found[-1] != contents(folder):
-            found.append(contents(folder))
+        if event == "c_call" and function.__name__ in CHANGING and found[-1] != everything(folder):
+            found.append(everything(folder))
 
     sys.setprofile(look)
     try:
         act()
     finally:
         sys.setprofile(None)
-    return [*found, contents(folder)]
+    return [*found, everything(folder)]
 
 
 def restored(folder, files):
@@ -105,10 +114,10 @@ def test_a_kill_between_any_two_calls_leaves_the_older_or_the_newer_bank(tmp_pat
     for i, files in enumerate(moments):
         left = restored(tmp_path / f"{i}", files)
         steps.append(step_of(left))
-        assert contents(left) == files, "reading writes nothing"
+        assert everything(left) == files, "reading writes nothing"
         if i == 0 or len(files) != len(moments[i - 1]):  # a file has come, or one has gone
             write(left, 3)
-            assert len(contents(left)) == 4, "the next write removes what this one has left"
+            assert len(os.listdir(left)) == 6, "the next write removes what this one has left"
     assert steps == sorted(steps)
     assert set(steps) == {1, 2}
     assert steps.index(2) < len(steps) - 2, "the older files go after the newer are in place"
@@ -118,13 +127,40 @@ def test_a_kill_between_any_two_calls_leaves_all_of_an_edit_or_nothing(tmp_path)
     bank = tmp_path / "bank"
     write(bank, 1)
     moments = moments_of(lambda: change(bank, 1), bank)
-    assert len({tuple(sorted(files.items())) for files in moments if JOURNAL in files}) > 5
-    edited = False
+    assert len(moments) > 10
+    steps = []
     for i, files in enumerate(moments):
         left = restored(tmp_path / f"{i}", files)
-        edited |= JOURNAL in files
-        assert step_of(left) == 1 + 0.5 * edited
-        assert JOURNAL not in contents(left)
+        steps.append(step_of(left))
+        assert everything(left) == files, "reading writes nothing"
+        change(left, 1)
+        assert step_of(left) == 1.5
+        assert not read_generation(left).superseded
+        for level, node in EDITED:  # of the first write: where they lay, there is nothing
+            assert not any(
+                (left / f"level{level}-1.bank").read_bytes()[8192 + 4096 * node :][:4096]
+            )
+        assert len(list(left.glob("generation-*.lock"))) == 1
+    assert steps == sorted(steps)
+    assert set(steps) == {1, 1.5}
+
+
+def test_a_reader_of_another_process_holds_what_it_reads_until_it_is_killed(tmp_path):
+    write(tmp_path, 1)
+
+    def read(report):
+        bank = BankFiles(tmp_path)
+        report("open")
+        signal.pause()
+        bank.close()
+
+    child, out = fork(read)
+    select.select([out], [], [], 60)
+    change(tmp_path, 1)
+    assert len(read_generation(tmp_path).superseded) == len(EDITED)
+    assert finish(child, out, kill=True) == (["open"], False)
+    change(tmp_path, 1)
+    assert not read_generation(tmp_path).superseded
 
 
 def order_of(act) -> list[str]:
@@ -147,7 +183,8 @@ def test_nothing_is_given_up_before_what_replaces_it_is_on_disk(tmp_path):
     """A power cut, other than a kill, loses what was not yet told to be on disk."""
     write(tmp_path, 1)
     file = ["fsync", "replace", "fsync"]  # its contents, its name, and its name on disk
-    levels, manifest, removals = 3 * file, file, 3 * ["unlink"]
-    assert order_of(lambda: write(tmp_path, 2)) == levels + manifest + removals
-    journal, edited = file, 2 * ["fsync"]
-    assert order_of(lambda: change(tmp_path, 2)) == [*journal, *edited, "unlink", "fsync"]
+    levels, lock, manifest, removals = 3 * file, file, file, 4 * ["unlink"]  # of files and a lock
+    newer = [*levels, *lock, *manifest]
+    assert order_of(lambda: write(tmp_path, 2)) == [*newer, *manifest, *removals]
+    newer, erased = [*2 * file, *lock, *manifest], 2 * ["fsync"]
+    assert order_of(lambda: change(tmp_path, 2)) == [*newer, *erased, *manifest, "unlink"]

@@ -1,12 +1,11 @@
 """Banks that stay on disk: ways of reading, what is kept, what is read ahead, what it costs."""
 
-import mmap
 import os
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from errno import EINVAL, EIO, ENOMEM
+from errno import EINVAL, EIO
 from functools import partial
 from pathlib import Path
 
@@ -19,20 +18,19 @@ from mneme.layers import HierarchicalFFN, SoftmaxAttention
 from mneme.layers.bank.memory_bank import GENERIC, BankOptions, BankShape, MemoryBank
 from mneme.models import LanguageModel
 from mneme.models.bank import (
-    BankError,
     StoredBank,
     Tier,
     fetch_seconds,
-    replace_block,
+    replace_blocks,
     tier_table,
     write_bank,
 )
-from mneme.models.bank import reading as reading_module
-from mneme.models.bank import stored as stored_module
-from mneme.models.bank.buffers import Buffers
-from mneme.models.bank.cache import RecordCache
-from mneme.models.bank.layout import PAGE, LevelLayout
-from mneme.models.bank.reading import WAYS, Mapped, Pread, evict, fastest
+from mneme.storage import reading as reading_module
+from mneme.storage.buffers import Buffers
+from mneme.storage.caches import RecordCache
+from mneme.storage.files import StorageError
+from mneme.storage.reading import WAYS, Pread, evict, fastest
+from mneme.storage.record_file import PAGE, Layout, RecordFile
 
 SHAPE = BankShape(places=2, branching=3, hidden=(3, 0, 2), width=6 * 170)  # records end in a page
 STRIDES = {1: 6 * PAGE, 3: 4 * PAGE}  # 24,480 and 16,320 bytes in float32
@@ -70,7 +68,7 @@ def fetched(bank, *leaves: int) -> torch.Tensor:
 def opened(way: str, path: Path):
     try:
         return WAYS[way](path)
-    except BankError as error:
+    except StorageError as error:
         pytest.skip(str(error))
 
 
@@ -126,7 +124,7 @@ def test_every_way_reads_the_bytes_of_the_file(file, way):
 def test_a_file_that_is_cut_while_it_is_open_is_named(file, way, cut):
     reader = opened(way, file)
     os.truncate(file, cut)
-    with pytest.raises(BankError, match=rf"{file} ends at byte {cut:,}; bytes 32,768 to 49,152"):
+    with pytest.raises(StorageError, match=rf"{file} ends at byte {cut:,}; bytes 32,768 to 49,152"):
         reader.read(8 * PAGE, Buffers().take(4 * PAGE))
     reader.read(4 * PAGE, Buffers().take(4 * PAGE))
 
@@ -149,13 +147,15 @@ def test_an_error_of_the_disk_names_file_and_bytes(file, monkeypatch):
 
     reader = Pread(file)
     monkeypatch.setattr(os, "preadv", fail)
-    with pytest.raises(BankError, match=rf"cannot read bytes 4,096 to 8,192 of {file}: Input/out"):
+    with pytest.raises(
+        StorageError, match=rf"cannot read bytes 4,096 to 8,192 of {file}: Input/out"
+    ):
         reader.read(PAGE, Buffers().take(PAGE))
 
 
 @EVERY_WAY
 def test_a_missing_file_is_named(tmp_path, way):
-    with pytest.raises(BankError, match=rf"cannot open {tmp_path}/absent.*: No such file"):
+    with pytest.raises(StorageError, match=rf"cannot open {tmp_path}/absent.*: No such file"):
         WAYS[way](tmp_path / "absent")
 
 
@@ -173,33 +173,21 @@ def refusing(monkeypatch):
 
 
 def test_a_file_system_that_refuses_direct_reads_is_told_of(refusing, folder, trained):
-    with pytest.raises(BankError, match=r"past the page cache \(O_DIRECT\); read with 'pread'"):
+    with pytest.raises(StorageError, match=r"past the page cache \(O_DIRECT\); read with 'pread'"):
         StoredBank(folder, read="direct")
     bank = StoredBank(folder)
     assert bank.ways == {1: "pread", 3: "pread"}
     assert torch.equal(fetched(bank, 5), fetched(trained, 5))
 
 
-def test_a_map_does_not_stay_in_memory(tmp_path):
-    path, size = tmp_path / "file", 2**20
-    path.write_bytes(bytes(24 * size))
-    reader, into = Mapped(path), Buffers().take(size)
-    before = resident_files()
-    for offset in range(0, 24 * size, size):
-        reader.read(offset, into)
-    assert resident_files() - before < 8 * size
-
-
-def resident_files() -> int:
-    status = Path("/proc/self/status").read_text()
-    (kib,) = (line.split()[1] for line in status.splitlines() if line.startswith("RssFile"))
-    return 1024 * int(kib)
+def layout_of(folder: Path, level: int) -> Layout:
+    return RecordFile(folder / f"level{level}-1.bank", "blocks").layout
 
 
 @pytest.mark.parametrize("way", ["pread", "direct"])
 def test_the_fastest_way_is_taken(folder, monkeypatch, way):
     opened(way, folder / "level3-1.bank").close()
-    layout = LevelLayout(3, SHAPE, "float32", None, None, 1)
+    layout = layout_of(folder, 3)
     tried = []
     for name, kind in WAYS.items():
         pause = 0.0 if name == way else 0.01
@@ -211,7 +199,7 @@ def test_the_fastest_way_is_taken(folder, monkeypatch, way):
 
         monkeypatch.setattr(kind, "read", read)
     monkeypatch.setattr(reading_module, "SAMPLE", 2 * PAGE)
-    reader = fastest(folder / layout.file_name, layout)
+    reader = fastest(folder / "level3-1.bank", layout)
     assert reader.name == way
     blocks = [(offset, size) for offset, size in tried if offset]  # direct tries the header
     offsets = {offset for offset, _ in blocks}
@@ -222,38 +210,38 @@ def test_the_fastest_way_is_taken(folder, monkeypatch, way):
 
 
 def test_choosing_a_way_ends_in_time(folder, monkeypatch):
-    layout = LevelLayout(1, SHAPE, "float32", None, None, 1)
+    path = folder / "level1-1.bank"
     monkeypatch.setattr(reading_module, "SECONDS", 0.0)
-    seconds = reading_module._measure(
-        folder / layout.file_name, layout, {"pread": Pread(folder / layout.file_name)}
-    )
+    seconds = reading_module._measure(path, layout_of(folder, 1), {"pread": Pread(path)})
     assert len(seconds["pread"]) == 1
 
 
 def test_a_file_that_cannot_be_read_is_not_left_open(folder, monkeypatch):
-    layout, before = LevelLayout(1, SHAPE, "float32", None, None, 1), open_files()
+    layout, before = layout_of(folder, 1), open_files()
 
     def fail(*_):
-        raise BankError("a bad page")
+        raise StorageError("a bad page")
 
     monkeypatch.setattr(Pread, "read", fail)
-    with pytest.raises(BankError, match="a bad page"):
-        fastest(folder / layout.file_name, layout)
+    with pytest.raises(StorageError, match="a bad page"):
+        fastest(folder / "level1-1.bank", layout)
     assert open_files() == before
 
 
-def test_no_file_is_left_open_when_one_cannot_be_mapped(folder, monkeypatch):
-    before, system, calls = open_files(), mmap.mmap, []
+@pytest.mark.parametrize("name", ["level3-1.bank", "level0-1.bank"])
+def test_no_file_is_left_open_when_one_cannot_be_opened(folder, monkeypatch, name):
+    before, plain = open_files(), Pread.__init__
 
-    def second_fails(handle, *rest, **options):
-        calls.extend([handle] * (handle != -1))
-        if len(calls) == 2:
-            raise OSError(ENOMEM, "Cannot allocate memory")
-        return system(handle, *rest, **options)
+    def fail(reader, path):
+        if path.name == name:
+            raise StorageError("no more files")
+        plain(reader, path)
 
-    monkeypatch.setattr(mmap, "mmap", second_fails)
-    with pytest.raises(BankError, match=rf"cannot map {folder}/level3-1\.bank: .*Cannot allocate"):
-        StoredBank(folder, read="mmap")
+    monkeypatch.setattr(Pread, "__init__", fail)
+    if name.startswith("level0"):  # which is not read that way
+        (folder / name).unlink()
+    with pytest.raises(StorageError, match=r"no more files|cannot open .*level0-1"):
+        StoredBank(folder, read="pread")
     assert open_files() == before
 
 
@@ -346,7 +334,7 @@ def test_threads_may_share_a_cache():
 @pytest.fixture
 def pieces(monkeypatch):
     """Blocks are read in pieces of a page."""
-    monkeypatch.setattr("mneme.models.bank.task.PIECE", PAGE)
+    monkeypatch.setattr("mneme.storage.fetching.PIECE", PAGE)
 
 
 @pytest.mark.parametrize(
@@ -432,32 +420,24 @@ def test_routes_to_no_leaf_are_refused(folder, leaf, call):
 
 def test_a_bank_for_another_router_is_refused(folder):
     StoredBank(folder, router="r" * 16).close()
-    with pytest.raises(BankError, match=r"written for the router rrrr.* and is used with ssss"):
+    with pytest.raises(StorageError, match=r"written for the router rrrr.* and is used with ssss"):
         StoredBank(folder, router="s" * 16)
 
 
-@pytest.mark.parametrize("change", ["edit", "write"])
-def test_a_bank_that_changes_while_it_is_opened_is_opened_anew(
-    folder, trained, monkeypatch, change
-):
-    """Between the check of its files and the first read of them."""
-    plain, opens = stored_module.open_levels, []
-
-    def open_levels(*arguments, **options):
-        found = plain(*arguments, **options)
-        opens.append(found[0].generation)
-        if len(opens) == 1 and change == "edit":
-            replace_block(folder, 0, 0, torch.ones(SHAPE.record(0)))
-        elif len(opens) == 1:
-            write(folder, trained)
-        return found
-
-    monkeypatch.setattr(stored_module, "open_levels", open_levels)
-    bank = StoredBank(folder, read="pread")
-    assert opens == {"edit": [1, 1], "write": [1, 2]}[change]
-    assert torch.equal(fetched(bank, 5), fetched(trained, 5))
-    expected = torch.ones(SHAPE.record(0)) if change == "edit" else trained.generic
-    assert torch.equal(bank.generic, expected)
+@EVERY_WAY
+def test_a_bank_that_was_edited_is_read_from_all_its_files(folder, trained, way):
+    opened(way, folder / "level3-1.bank").close()
+    older = StoredBank(folder, read=way, cache_bytes=0)
+    new = {(1, 0): torch.ones(SHAPE.record(1)), (3, 0): torch.ones(SHAPE.record(3))}
+    replace_blocks(folder, new)
+    replace_blocks(folder, {(3, 0): -new[3, 0], (3, 26): new[3, 0], (0, 0): trained.generic + 1})
+    bank = StoredBank(folder, read=way, cache_bytes=0)
+    assert bank.ways == {1: way, 3: way}
+    found, expected = fetched(bank, 0, 26, 13, GENERIC), fetched(trained, 0, 26, 13, GENERIC)
+    assert torch.equal(fetched(older, 0, 26, 13, GENERIC), expected)
+    expected[0, :, :3], expected[0, :, 3:], expected[1, :, 3:] = 1, -1, 1
+    assert torch.equal(found[:3], expected[:3])
+    assert torch.equal(found[3], trained.generic + 1)
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
@@ -518,11 +498,11 @@ def test_caches_that_cannot_be_are_refused(folder, cache_bytes, says):
 
 def damage(folder: Path, level: int, node: int) -> None:
     """Flips a bit of a block; again, and it is as it was."""
-    layout = LevelLayout(level, SHAPE, "float32", None, None, 1)
-    with (folder / layout.file_name).open("r+b") as file:
-        file.seek(layout.offset(node) + 100)
+    at = PAGE + PAGE + node * STRIDES[level] + 100
+    with (folder / f"level{level}-1.bank").open("r+b") as file:
+        file.seek(at)
         byte = file.read(1)[0]
-        file.seek(layout.offset(node) + 100)
+        file.seek(at)
         file.write(bytes([byte ^ 4]))
 
 
@@ -531,7 +511,7 @@ def test_a_damaged_block_is_refused_and_no_other(folder, trained, way):
     opened(way, folder / "level3-1.bank").close()
     damage(folder, 3, 7)
     bank = StoredBank(folder, read=way)
-    with pytest.raises(BankError, match=rf"record 7 of {folder}/level3-1.bank is damaged"):
+    with pytest.raises(StorageError, match=rf"{folder}/level3-1.bank is damaged in block 7"):
         fetched(bank, 6, 7, 8)
     assert torch.equal(fetched(bank, 6, 8), fetched(trained, 6, 8))
     damage(folder, 3, 7)
@@ -541,7 +521,7 @@ def test_a_damaged_block_is_refused_and_no_other(folder, trained, way):
 def test_a_bank_that_is_cut_while_it_is_open_is_named(folder, trained):
     bank = StoredBank(folder)
     os.truncate(folder / "level3-1.bank", 6 * STRIDES[3])
-    with pytest.raises(BankError, match=r"level3-1\.bank ends at byte .* cut while it was open"):
+    with pytest.raises(StorageError, match=r"level3-1\.bank ends at byte .* cut while it was open"):
         fetched(bank, 26)
     assert torch.equal(fetched(bank, 0), fetched(trained, 0))
 
@@ -551,16 +531,16 @@ def test_a_block_of_which_one_piece_cannot_be_read_is_refused(
     folder, trained, monkeypatch, pieces, page
 ):
     bank, plain = StoredBank(folder, read="pread"), Pread.read
-    bad = LevelLayout(3, SHAPE, "float32", None, None, 1).offset(26) + page * PAGE
+    bad = layout_of(folder, 3).offset(26) + page * PAGE
 
     def read(reader, offset, into):
         if offset == bad:
-            raise BankError("a bad page")
+            raise StorageError("a bad page")
         plain(reader, offset, into)
 
     monkeypatch.setattr(Pread, "read", read)
     for _ in range(2):
-        with pytest.raises(BankError, match="a bad page"):
+        with pytest.raises(StorageError, match="a bad page"):
             fetched(bank, 25, 26)
     assert torch.equal(fetched(bank, 25), fetched(trained, 25))
 
@@ -587,7 +567,7 @@ def until(true: Callable[[], bool]) -> None:
 
 
 def idle(bank: StoredBank) -> None:
-    until(lambda: not bank._records._under_way)
+    until(lambda: not bank._fetcher._under_way)
 
 
 def test_blocks_that_were_read_ahead_are_not_read_again(folder, trained):
@@ -632,9 +612,9 @@ def test_what_is_still_to_be_read_ahead_does_not_hold_up_the_exit(folder, traine
     bank = StoredBank(folder, read="pread")
     bank.prefetch(torch.arange(27))
     assert gate.begun.acquire(timeout=10)
-    bank._records._ahead.shutdown(wait=False)
+    bank._fetcher._ahead.shutdown(wait=False)
     gate.open.set()
-    bank._records._ahead.shutdown()
+    bank._fetcher._ahead.shutdown()
     assert len(gate.reads) == 1
     assert torch.equal(fetched(bank, 26), fetched(trained, 26))
 
@@ -651,7 +631,7 @@ def test_what_could_not_be_read_ahead_fails_the_fetch_that_needs_it(folder, trai
     bank = StoredBank(folder)
     bank.prefetch(torch.tensor([6, 7, 8]))
     idle(bank)
-    with pytest.raises(BankError, match=r"record 7 of .*level3-1\.bank is damaged"):
+    with pytest.raises(StorageError, match=r"level3-1\.bank is damaged in block 7"):
         fetched(bank, 7)
     assert torch.equal(fetched(bank, 6, 8), fetched(trained, 6, 8))
 
@@ -665,12 +645,13 @@ def test_a_fetch_that_waits_for_a_block_read_ahead_learns_why_it_fails(folder, g
         found = pool.submit(fetched, bank, 9)
         assert gate.begun.acquire(timeout=10)
         gate.open.set()
-        with pytest.raises(BankError, match=r"record 1 of .*level1-1\.bank is damaged"):
+        with pytest.raises(StorageError, match=r"level1-1\.bank is damaged in block 1"):
             found.result(timeout=10)
 
 
-@pytest.mark.parametrize("way", ["pread", "mmap"])
+@EVERY_WAY
 def test_threads_may_fetch_and_read_ahead_at_once(folder, trained, way):
+    opened(way, folder / "level3-1.bank").close()
     bank = StoredBank(folder, read=way, cache_bytes=9 * STRIDES[3])
     routes = torch.randint(-1, 27, (4, 12, 3), generator=torch.Generator().manual_seed(0))
 
@@ -701,7 +682,7 @@ def test_a_closed_bank_is_closed(folder):
     bank.close()
     assert open_files() == before
     for call in (bank.fetch, bank.prefetch):
-        with pytest.raises(BankError, match="the bank is closed; open it again"):
+        with pytest.raises(StorageError, match="the bank is closed; open it again"):
             call(torch.tensor([3]))
 
 
@@ -711,12 +692,12 @@ def test_a_block_of_which_pieces_are_left_is_given_up_when_the_bank_is_closed(fo
         found = pool.submit(bank.record, 1, 2)
         for _ in range(4):
             assert gate.begun.acquire(timeout=10)
-        (task,) = bank._records._under_way.values()
+        (pending,) = bank._fetcher._under_way.values()
         closing = pool.submit(bank.close)
-        until(lambda: task.error is not None)
+        until(lambda: pending.error is not None)
         assert not closing.done(), "it waits for what is being read"
         gate.open.set()
-        with pytest.raises(BankError, match="the bank is closed; open it again"):
+        with pytest.raises(StorageError, match="the bank is closed; open it again"):
             found.result(timeout=10)
         closing.result(timeout=10)
 
@@ -725,12 +706,12 @@ def test_a_fetch_during_which_the_bank_is_closed_says_so(folder, gate):
     bank = StoredBank(folder, read="pread")
     with ThreadPoolExecutor(2) as pool:
         found = pool.submit(fetched, bank, 0, 1, 2, 3, 4, 5)
-        until(lambda: len(bank._records._under_way) == 7)  # of which four are being read
-        tasks = list(bank._records._under_way.values())
+        until(lambda: len(bank._fetcher._under_way) == 7)  # of which four are being read
+        pending = list(bank._fetcher._under_way.values())
         closing = pool.submit(bank.close)
-        until(lambda: all(task.error for task in tasks))
+        until(lambda: all(read.error for read in pending))
         gate.open.set()
-        with pytest.raises(BankError, match="the bank is closed; open it again"):
+        with pytest.raises(StorageError, match="the bank is closed; open it again"):
             found.result(timeout=10)
         closing.result(timeout=10)
 

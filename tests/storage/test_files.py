@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from mneme.storage.atomic_file import replacing
+from mneme.storage.files import replacing
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

@@ -9,7 +9,7 @@ from threading import Lock
 import numpy as np
 from jaxtyping import UInt8
 
-from mneme.models.bank.layout import PAGE
+from mneme.storage.record_file import PAGE
 
 KEPT = 128 * 2**20  # bytes of memory that waits for its next use
 _HUGE = 2 * 2**20  # a large page
