@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Dashboard(ABC):
-    """A recipe of a dashboard's logger, made once the run has its directory."""
+    """How to make a dashboard's logger, once the run has its directory."""
 
     @abstractmethod
     def make(self, run: RunDirectory, config: dict[str, Any]) -> Logger:

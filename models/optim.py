@@ -304,7 +304,7 @@ def _processes() -> int:
 def make_optimizer(
     model: nn.Module, factory: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 ) -> torch.optim.Optimizer:
-    """The optimizer over `parameter_groups`, each at the learning rate of its policy.
+    """The optimizer over `parameter_groups`, each at the learning rate of its options.
 
     A scheduler multiplies these rates. Where tables are updated row by row, the optimizer is
     wrapped in `OptimizerWithTables`.
@@ -333,24 +333,24 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     Vectors and scalars do not, which covers norms, biases and most decay parameters of gates, where
     decay would change how long a memory lasts. `param_options` of the layers that own them exempt
     others, such as the initial weights of a test-time memory, say how fast theirs may learn and
-    which are updated row by row. A `ParameterList` has the policy that its owner gives its name.
+    which are updated row by row. A `ParameterList` has the options that its owner gives its name.
     """
     groups: dict[ParamOptions, list[nn.Parameter]] = defaultdict(list)
-    for parameter, policy in policies_of(model).items():
+    for parameter, options in param_options_of(model).items():
         if parameter.requires_grad:
-            groups[_as_optimized(parameter, policy)].append(parameter)
-    return [{"params": found, **_options(policy)} for policy, found in groups.items()]
+            groups[_as_optimized(parameter, options)].append(parameter)
+    return [{"params": found, **_group_options(options)} for options, found in groups.items()]
 
 
 def row_updated(model: nn.Module) -> list[nn.Parameter]:
     """The tables whose updates touch only the rows that have a gradient."""
-    return [p for p, policy in policies_of(model).items() if policy.update != "dense"]
+    return [p for p, options in param_options_of(model).items() if options.update != "dense"]
 
 
-def policies_of(model: nn.Module) -> dict[nn.Parameter, ParamOptions]:
+def param_options_of(model: nn.Module) -> dict[nn.Parameter, ParamOptions]:
     """Every parameter once, in the model's order, with what the module that owns it says of it.
 
-    If several modules share a parameter, the first that has a policy for it decides.
+    If several modules share a parameter, the first that has options for it decides.
 
     Raises:
         ValueError: a row update is asked for what is not a table `[N, D]`.
@@ -359,14 +359,14 @@ def policies_of(model: nn.Module) -> dict[nn.Parameter, ParamOptions]:
     for module in model.modules():
         param_options = getattr(module, "param_options", {})
         for name, parameter in _own_parameters(module):
-            policy = param_options.get(name, NO_OPTIONS)
-            if policy.update != "dense" and parameter.ndim != 2:
+            options = param_options.get(name, NO_OPTIONS)
+            if options.update != "dense" and parameter.ndim != 2:
                 raise ValueError(
                     f"{type(module).__name__}.{name} has {parameter.ndim} axes; the update "
-                    f"{policy.update!r} is for tables [N, D] and has two"
+                    f"{options.update!r} is for tables [N, D] and has two"
                 )
             if found.get(parameter, NO_OPTIONS) == NO_OPTIONS:
-                found[parameter] = policy
+                found[parameter] = options
     return found
 
 
@@ -378,28 +378,28 @@ def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield from ((name, parameter) for parameter in child.parameters())
 
 
-def _as_optimized(parameter: nn.Parameter, policy: ParamOptions) -> ParamOptions:
-    """What of the policy the optimizer needs: equal for parameters that are treated alike."""
-    decays = policy.decays and parameter.ndim >= 2
-    return policy._replace(
-        decays=True, weight_decay=policy.weight_decay if decays else 0.0, clip_group=None
+def _as_optimized(parameter: nn.Parameter, options: ParamOptions) -> ParamOptions:
+    """What the optimizer needs of the options: equal for parameters that are treated alike."""
+    decays = options.decays and parameter.ndim >= 2
+    return options._replace(
+        decays=True, weight_decay=options.weight_decay if decays else 0.0, clip_group=None
     )
 
 
-def _options(policy: ParamOptions) -> dict[str, Any]:
+def _group_options(options: ParamOptions) -> dict[str, Any]:
     """The options of a parameter group; what is left out is the optimizer's own."""
-    options: dict[str, Any] = {"max_lr": policy.max_lr}
-    if policy.weight_decay is not None:
-        options["weight_decay"] = policy.weight_decay
-    if policy.lr_multiplier != 1:
-        options["lr_multiplier"] = policy.lr_multiplier
-    if policy.update != "dense":
-        options["update"] = policy.update
-    return options
+    group: dict[str, Any] = {"max_lr": options.max_lr}
+    if options.weight_decay is not None:
+        group["weight_decay"] = options.weight_decay
+    if options.lr_multiplier != 1:
+        group["lr_multiplier"] = options.lr_multiplier
+    if options.update != "dense":
+        group["update"] = options.update
+    return group
 
 
 MAIN = None
-"""The clip group of parameters whose policy names none."""
+"""The clip group of parameters whose options names none."""
 
 _EPS = 1e-6  # added to a norm before dividing by it, as torch does
 
@@ -416,8 +416,8 @@ def clip_by_groups(model: nn.Module, limit: float) -> dict[str | None, Tensor]:
         The norm of each group before clipping, 0 where it has no gradient.
     """
     groups: dict[str | None, list[nn.Parameter]] = defaultdict(list, {MAIN: []})
-    for parameter, policy in policies_of(model).items():
-        groups[policy.clip_group].append(parameter)
+    for parameter, options in param_options_of(model).items():
+        groups[options.clip_group].append(parameter)
     return {name: _clip(parameters, limit) for name, parameters in groups.items()}
 
 

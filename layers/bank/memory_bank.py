@@ -211,9 +211,9 @@ class MemoryBank(Bank):
     @property
     def param_options(self) -> Mapping[str, ParamOptions]:
         """What the optimizer is told of blocks."""
-        policy = self.options.param_options(CLIP_GROUP)
-        levels = {f"level{level}": policy for level in self.shape.levels}
-        return {"generic": policy._replace(update="dense"), **levels}
+        options = self.options.param_options(CLIP_GROUP)
+        levels = {f"level{level}": options for level in self.shape.levels}
+        return {"generic": options._replace(update="dense"), **levels}
 
     def fetch(self, route: Int[Tensor, " b"]) -> Float[Tensor, "b places r w"]:
         """The blocks of each sequence, with gradients.

@@ -105,9 +105,24 @@ class LocalFiles(Source):
         return sorted(once.values(), key=order)
 
 
+def at_home(path: str | Path) -> Path:
+    """A path whose `~` is the user's home.
+
+    Raises:
+        ValueError: the user has no home: HOME is not set, and the system does not know the user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path}: there is no home folder for ~ to stand for; set HOME, or MNEME_CACHE for the "
+            "cache, or name another folder"
+        ) from error
+
+
 def _matches(pattern: str) -> Iterator[tuple[bool, Document]]:
     """The files that one path or pattern stands for, and whether each is a link or behind one."""
-    path = Path(pattern).expanduser()
+    path = at_home(pattern)
     if path.is_dir():
         raise ValueError(f"'{pattern}' is a folder; name its files, as in '{pattern}/**/*.txt'")
     fixed = _fixed_part(path)

@@ -28,6 +28,7 @@ from mneme.tasks.text.corpus import (
     BLOCK_BYTES,
     Document,
     Source,
+    at_home,
     blocks,
     content_hash,
     split_documents,
@@ -43,8 +44,12 @@ Stream = np.memmap[Any, np.dtype[Any]]
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
-    """Where prepared data are kept: the argument, else `$MNEME_CACHE`, else `~/.cache/mneme`."""
-    return Path(cache_dir or os.environ.get("MNEME_CACHE") or "~/.cache/mneme").expanduser()
+    """Where prepared data are kept: the argument, else `$MNEME_CACHE`, else `~/.cache/mneme`.
+
+    Raises:
+        ValueError: it begins with `~`, and the user has no home.
+    """
+    return at_home(cache_dir or os.environ.get("MNEME_CACHE") or "~/.cache/mneme")
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,15 @@
 import glob
 import itertools
 import os
+import pwd
 import random
+from pathlib import Path
 
 import pytest
 
 from mneme.tasks import LocalFiles
 from mneme.tasks.text.corpus import content_hash, split_documents
+from mneme.tasks.text.store import cache_root
 
 
 def names(documents):
@@ -118,3 +121,17 @@ def test_a_document_that_cannot_be_read_is_named(tmp_path):
     document.path.unlink()
     with pytest.raises(ValueError, match=r"cannot read .*/a.txt: No such file"):
         content_hash([document])
+
+
+def test_a_user_without_a_home_is_told_so(monkeypatch):
+    def unknown(_):
+        raise KeyError("uid not found")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("MNEME_CACHE", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(ValueError, match=r"~/texts/\*: there is no home folder for ~"):
+        LocalFiles(["~/texts/*"]).documents()
+    with pytest.raises(ValueError, match=r"~/.cache/mneme: there is no home folder .* MNEME_CACHE"):
+        cache_root()
+    assert cache_root("here") == Path("here")
