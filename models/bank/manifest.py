@@ -91,8 +91,8 @@ class Manifest:
         Raises:
             StorageError: it does not say what a bank has.
         """
-        about = dict(generation.about)
         try:
+            about = dict(generation.about)
             shape = about.pop("shape")
             shape = BankShape(**{**shape, "hidden": tuple(shape["hidden"])})
             found = cls(generation.number, shape, facts=generation.facts, **about)

@@ -5,24 +5,20 @@ import os
 import resource
 import weakref
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import xxhash
-from torch import nn
 
 from mneme.layers.bank.memory_bank import BankShape
 from mneme.models.bank import (
     BankFiles,
-    model_hash,
     read_manifest,
-    replace_block,
     verify_bank,
     write_bank,
 )
-from mneme.storage import generations, record_file
+from mneme.storage import record_file
 from mneme.storage.files import StorageError
 from mneme.storage.record_file import RecordFile
 from mneme.storage.writing import locked
@@ -176,78 +172,6 @@ def test_one_bank_has_one_writer_at_a_time(tmp_path):
         save(tmp_path)
     assert contents(tmp_path) == before
     save(tmp_path)
-
-
-@pytest.mark.parametrize("change", [save, lambda folder: replace_block(folder, 3, 2, block(3, 0))])
-def test_a_bank_that_changes_while_it_is_opened_is_opened_as_it_is_then(
-    tmp_path, monkeypatch, change
-):
-    """Between the look at the manifest and the lock."""
-    save(tmp_path, seed=1)
-    opening, changes = generations.open_regular, []
-
-    def late(path):
-        if path.name == "generation-1.lock" and not changes:
-            changes.append(change(tmp_path))
-            assert not path.exists(), "nobody holds it"
-        return opening(path)
-
-    monkeypatch.setattr(generations, "open_regular", late)
-    with BankFiles(tmp_path) as bank:
-        assert bank.manifest.generation == 2
-        assert torch.equal(bank.read(3, 2), block(3, 2 if change is save else 0))
-        assert torch.equal(bank.read(1, 0), block(1, 0, seed=int(change is not save)))
-    assert len(changes) == 1
-
-
-def test_a_bank_that_changes_while_it_is_read_is_read_as_it_was(tmp_path):
-    save(tmp_path)
-    with BankFiles(tmp_path) as bank:
-        replace_block(tmp_path, 3, 2, block(3, 0))
-        save(tmp_path, seed=1)
-        assert bank.held.problems() == []
-        assert torch.equal(bank.read(3, 2), block(3, 2))
-        assert set(contents(tmp_path)) >= {f"level{n}-{g}.bank" for n in (0, 1, 3) for g in (1, 3)}
-    assert verify_bank(tmp_path) == []
-    save(tmp_path, seed=2)
-    assert set(contents(tmp_path)) == {"manifest.json", *(f"level{n}-4.bank" for n in (0, 1, 3))}
-
-
-def test_generations_that_nobody_reads_do_not_wait_for_one_that_is_read(tmp_path):
-    save(tmp_path)
-    with BankFiles(tmp_path):
-        for seed in (1, 2, 3):
-            save(tmp_path, seed=seed)
-        found = {int(path.stem.split("-")[1]) for path in tmp_path.glob("level3-*.bank")}
-        assert found == {1, 4}
-
-
-def test_a_lock_that_is_lost_is_named(tmp_path):
-    save(tmp_path)
-    (tmp_path / "generation-1.lock").unlink()
-    with pytest.raises(
-        StorageError, match=r"cannot lock .*generation-1\.lock, as readers do: No such"
-    ):
-        BankFiles(tmp_path)
-    assert read_manifest(tmp_path).generation == 1
-    (tmp_path / "generation-1.lock").touch()
-    BankFiles(tmp_path).close()
-
-
-def test_who_may_not_write_reads(tmp_path):
-    save(tmp_path)
-    for path in (tmp_path, *tmp_path.iterdir()):
-        path.chmod(0o555 if path.is_dir() else 0o444)
-
-    def read(report):
-        os.chdir(tmp_path)  # another user may not come in from above
-        if os.geteuid() == 0:
-            os.setuid(65534)  # as root may write everywhere
-        with BankFiles(Path()) as bank:
-            report(torch.equal(bank.read(3, 5), block(3, 5)))
-
-    assert finish(*fork(read))[0] == ["True"]
-    tmp_path.chmod(0o755)
 
 
 def test_files_may_be_read_by_those_who_may_read_new_files(tmp_path):
@@ -516,53 +440,3 @@ def test_verify_tells_all_problems(bank, capsys):
     assert str(caught.value).splitlines() == problems
     (bank / "manifest.json").unlink()
     assert "no manifest.json" in verify_bank(bank)[0]
-
-
-# Hashes of models
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner, self.bank = nn.Linear(3, 4), nn.Linear(2, 2)
-        self.bankers = nn.Embedding(3, 2, dtype=torch.bfloat16)
-        self.register_buffer("count", torch.tensor(3))
-        self.register_buffer("scratch", torch.zeros(2), persistent=False)
-        self.register_buffer("nothing", torch.zeros(0))
-
-
-def test_a_hash_is_the_same_after_saving_and_loading(tmp_path):
-    net = Net()
-    torch.save(net.state_dict(), tmp_path / "net.pt")
-    loaded = Net()
-    assert model_hash(loaded) != model_hash(net)
-    loaded.load_state_dict(torch.load(tmp_path / "net.pt"))
-    assert model_hash(loaded) == model_hash(net)
-    assert len(model_hash(net)) == 64
-
-
-@pytest.mark.parametrize(
-    ("name", "matters"),
-    [
-        ("inner.weight", True),
-        ("bankers.weight", True),
-        ("count", True),
-        ("scratch", False),
-        ("bank.weight", False),
-    ],
-)
-def test_a_hash_is_that_of_all_but_the_bank(name, matters):
-    net = Net()
-    before = model_hash(net)
-    net.get_parameter(name).data.add_(1) if "." in name else net.get_buffer(name).add_(1)
-    assert (model_hash(net) != before) == matters
-    assert model_hash(net, leave_out=()) != model_hash(net)
-
-
-def test_a_hash_tells_shapes_and_dtypes_apart():
-    same_bytes, hashes = torch.ones(3, 4), set()
-    for tensor in (same_bytes, same_bytes.view(4, 3), same_bytes.view(torch.int32)):
-        module = nn.Module()
-        module.register_buffer("w", tensor)
-        hashes.add(model_hash(module))
-    assert len(hashes) == 3
