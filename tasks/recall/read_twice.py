@@ -1,6 +1,7 @@
 """Any recall task with its sequence read twice, of which only the second reading is answered."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from mneme.tasks.base import IGNORE, Batch, Facts, Task
 from mneme.tasks.recall.base import RecallTask
 
 
+@dataclass(kw_only=True, eq=False)
 class ReadTwice(RecallTask):
     """Context, question, context, question: the prompt of "Just read twice" (arXiv 2407.05483).
 
@@ -22,7 +24,16 @@ class ReadTwice(RecallTask):
 
     level = "level"  # whatever is the task's
 
-    def __init__(self, task: RecallTask) -> None:
+    task: RecallTask
+    seq_len: int = field(init=False)
+    vocab_size: int = field(init=False)
+    batch_size: int = field(init=False)
+    test_examples: int = field(init=False)
+    seed: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Takes over what the task has checked."""
+        task = self.task
         Task.__init__(
             self,
             vocab_size=task.vocab_size,
@@ -30,9 +41,8 @@ class ReadTwice(RecallTask):
             batch_size=task.batch_size,
             seed=task.seed,
         )
-        self.task, self.name = task, f"{task.name}_twice"
+        self.name, self.test_examples = f"{task.name}_twice", task.test_examples
         self.train_levels, self.test_levels = task.train_levels, task.test_levels
-        self.test_examples = task.test_examples
 
     def check(self, level: int) -> None:
         """The task has checked its levels."""

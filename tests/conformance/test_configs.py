@@ -77,6 +77,10 @@ SMALL_TASK = {
 SMALL_OF = {
     "task": SMALL_TASK,
     "experiment": {"demo": SMALL_MQAR, "facts": SMALL_FACTS, "rare_facts": SMALL_RARE},
+    "callbacks": {
+        "save_bank": (*SMALL_MQAR, "ffn=bank"),
+        "usage": (*SMALL_MQAR, "ffn=pkm", "ffn.sub_keys=8", "ffn.top_k=4"),
+    },
 }
 
 
@@ -88,6 +92,7 @@ GROUPS = (
     "optimizer",
     "schedule",
     "trainer",
+    "callbacks",
     "logger",
     "experiment",
 )

@@ -180,7 +180,7 @@ def test_sets_share_one_token_and_come_in_both_orders():
 
 
 def test_reading_twice_scores_the_second_time_only():
-    task, once = ReadTwice(MQAR(seed=5, test_examples=10)), MQAR(seed=5, test_examples=10)
+    task, once = ReadTwice(task=MQAR(seed=5, test_examples=10)), MQAR(seed=5, test_examples=10)
     assert torch.equal(task.train_batch(2).inputs[:, 64:], once.train_batch(2).inputs)
     assert torch.equal(task.train_batch(2).inputs[:, :64], once.train_batch(2).inputs)
     metrics = task.metrics()
