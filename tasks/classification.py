@@ -136,7 +136,7 @@ class Classification(RecallTask):
         """Of guessing a digit; of guessing a token where tokens are asked for."""
         return 1 / (DIGITS if self.objective == "label" else self.vocab_size)
 
-    def asked(self, batch: Batch) -> Batch:
+    def with_objective(self, batch: Batch) -> Batch:
         """A batch with the targets of the objective."""
         return batch if self.objective == "label" else to_next_token(batch)
 
@@ -193,7 +193,7 @@ class ListOps(Classification):
     def make(self, rng: np.random.Generator, n: int, level: int) -> Batch:
         """Makes `n` examples from `rng` alone."""
         limits = {"shortest": self.shortest, "depth": self.depth, "arguments": self.arguments}
-        return self.asked(make_list_ops(rng, n, seq_len=level, **limits))
+        return self.with_objective(make_list_ops(rng, n, seq_len=level, **limits))
 
 
 def _longest_list(depth: int, arguments: int) -> int:
@@ -236,17 +236,17 @@ class Digits(Classification):
     def train_batch(self, index: int) -> Batch:
         """Training batch `index`: a pure function of the seed and the index."""
         images = _images("train")
-        return self.asked(select(images, self.rows(index, len(images.inputs))))
+        return self.with_objective(select(images, self.rows(index, len(images.inputs))))
 
     def make(self, rng: np.random.Generator, n: int, level: int) -> Batch:
         """Draws `n` training images from `rng` alone."""
         images = _images("train")
         rows = torch.from_numpy(rng.integers(len(images.inputs), size=n))
-        return self.asked(select(images, rows))
+        return self.with_objective(select(images, rows))
 
     def eval_batches(self, split: EvalSplit) -> BatchSet:
         """The images of a set."""
-        return BatchSet(lambda: cut(self.asked(_images(split)), self.batch_size))
+        return BatchSet(lambda: cut(self.with_objective(_images(split)), self.batch_size))
 
 
 @cache

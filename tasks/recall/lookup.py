@@ -52,7 +52,7 @@ def solve_induction(inputs: Tensor) -> Tensor:
 
 
 def make_phone_book(
-    rng: np.random.Generator, n: int, *, names: int, entries: int, digits: int, asked: int
+    rng: np.random.Generator, n: int, *, names: int, entries: int, digits: int, questions: int
 ) -> Batch:
     """Makes `n` phone books of K lines `name d1 ... dM`, then M + 2 tokens for each question.
 
@@ -66,7 +66,7 @@ def make_phone_book(
         names: that there are; those of a book are different.
         entries: K.
         digits: M.
-        asked: questions, of different names.
+        questions: how many, of different names.
 
     Returns:
         A batch with slices `length` and `entries` `[B]`, `gap` `[B, L]`, from the name in the book
@@ -77,16 +77,18 @@ def make_phone_book(
     who = first + distinct(rng, n, entries, names)
     numbers = rng.integers(DIGITS, size=(n, entries, digits))
     book = np.concatenate([who[..., None], numbers], axis=2)  # [B, K, 1 + M]
-    wanted = distinct(rng, n, asked, entries)
+    wanted = distinct(rng, n, questions, entries)
     again = np.take_along_axis(book, wanted[..., None], axis=1)
-    marks = np.full((n, asked, 1), DIGITS)
-    questions = np.concatenate([marks, again[..., :-1]], axis=2).reshape(n, -1)  # 1 + M each
-    inputs = np.concatenate([book.reshape(n, -1), questions], axis=1)
-    starts = entries * line + line * np.arange(asked) + 1  # of the name of each question
-    places = np.broadcast_to((starts[:, None] + np.arange(digits)).reshape(-1), (n, asked * digits))
+    marks = np.full((n, questions, 1), DIGITS)
+    asking = np.concatenate([marks, again[..., :-1]], axis=2)  # [B, Q, 1 + M]
+    inputs = np.concatenate([book.reshape(n, -1), asking.reshape(n, -1)], axis=1)
+    starts = entries * line + line * np.arange(questions) + 1  # of the name of each question
+    places = np.broadcast_to(
+        (starts[:, None] + np.arange(digits)).reshape(-1), (n, questions * digits)
+    )
     gaps = np.repeat(starts - line * wanted, digits, axis=1)
     batch = _asked(inputs, places, again[..., 1:].reshape(n, -1), gaps, {"entries": entries})
-    turns = np.broadcast_to(np.repeat(np.arange(1, asked + 1), digits), places.shape)
+    turns = np.broadcast_to(np.repeat(np.arange(1, questions + 1), digits), places.shape)
     return batch._replace(
         slices=batch.slices | {"turn": at_queries(places, turns, inputs.shape[1])}
     )
@@ -274,7 +276,7 @@ class PhoneBook(RecallTask):
         entries: K, or several values of it: each training batch holds one; default 32.
         test_entries: values of K to evaluate; the training values by default.
         digits: M of a number; default 4.
-        asked: questions to a book; default 1.
+        questions: to a book; default 1.
         names: that there are; default 1024.
         batch_size: books in a batch; default 32.
         test_examples: books for each of `test_entries`; default 500.
@@ -286,7 +288,7 @@ class PhoneBook(RecallTask):
     entries: int | list[int] = 32
     test_entries: int | list[int] | None = None
     digits: int = 4
-    asked: int = 1
+    questions: int = 1
     names: int = 1024
     batch_size: int = 32
     test_examples: int = 500
@@ -298,19 +300,22 @@ class PhoneBook(RecallTask):
         tested = self.entries if self.test_entries is None else self.test_entries
         most = max([*as_list(self.entries), *as_list(tested)], default=0)
         self.seq_len, self.vocab_size = self._positions(most), DIGITS + 1 + self.names
-        if self.digits < 1 or self.asked < 1:
-            raise ValueError(f"digits ({self.digits}) and asked ({self.asked}) must be at least 1")
+        if self.digits < 1 or self.questions < 1:
+            raise ValueError(
+                f"digits ({self.digits}) and questions ({self.questions}) must be at least 1"
+            )
         super().__post_init__()
 
     def check(self, level: int) -> None:
         """Raises `ValueError` if a book has fewer entries than questions, or more than names."""
-        if not self.asked <= level <= self.names:
+        if not self.questions <= level <= self.names:
             raise ValueError(
-                f"entries ({level}) must be from asked ({self.asked}) to names ({self.names})"
+                f"entries ({level}) must be from questions ({self.questions}) to names "
+                f"({self.names})"
             )
 
     def _positions(self, entries: int) -> int:
-        return (self.digits + 1) * (entries + self.asked)
+        return (self.digits + 1) * (entries + self.questions)
 
     @property
     def chance_level(self) -> float:
@@ -320,7 +325,7 @@ class PhoneBook(RecallTask):
     def make(self, rng: np.random.Generator, n: int, level: int) -> Batch:
         """Makes `n` books of `level` entries from `rng` alone."""
         return make_phone_book(
-            rng, n, names=self.names, entries=level, digits=self.digits, asked=self.asked
+            rng, n, names=self.names, entries=level, digits=self.digits, questions=self.questions
         )
 
     def slice_values(self) -> Mapping[str, Sequence[int]]:
@@ -328,7 +333,7 @@ class PhoneBook(RecallTask):
         entries = sorted({*self.train_levels, *self.test_levels})
         lengths = [self._positions(count) for count in entries]
         slices = {"entries": entries, "length": lengths, "gap": [self.seq_len]}
-        return {**slices, "turn": range(self.asked + 1)}
+        return {**slices, "turn": range(self.questions + 1)}
 
 
 @dataclass(kw_only=True, eq=False)

@@ -47,7 +47,7 @@ def walked(inputs, task):
 CASES = {
     "copying": (Copying, lambda x, task: solve_copying(x), "d9af9d28be28ffe1"),
     "turns": (
-        lambda **o: PhoneBook(asked=5, **o),
+        lambda **o: PhoneBook(questions=5, **o),
         lambda x, task: solve_phone_book(x),
         "4f2238e40fcba714",
     ),
@@ -95,7 +95,9 @@ def test_the_mark_of_induction_stands_anywhere_and_once_before_the_end():
 
 
 def test_a_phone_book_asks_for_numbers_of_its_own_names():
-    batch = make_phone_book(np.random.default_rng(0), 30, names=40, entries=6, digits=3, asked=2)
+    batch = make_phone_book(
+        np.random.default_rng(0), 30, names=40, entries=6, digits=3, questions=2
+    )
     for tokens, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
         book = {tokens[i]: tokens[i + 1 : i + 4] for i in range(0, 24, 4)}
         assert len(book) == 6
@@ -225,7 +227,7 @@ def test_tests_in_weights_ask_for_leaves_that_training_never_asks_for():
         (lambda: ListOps(depth=1), "depth .1. and arguments .10. must be at least 2"),
         (lambda: ListOps(shortest=200), "shortest .200. must be from 1 to below seq_len .128."),
         (lambda: Induction(test_length=2), "length and test_length must be at least 3"),
-        (lambda: PhoneBook(entries=4, asked=5), "entries .4. must be from asked .5."),
+        (lambda: PhoneBook(entries=4, questions=5), "entries .4. must be from questions .5."),
         (lambda: PhoneBook(digits=0), "must be at least 1"),
         (lambda: CompositionalMQAR(pairs=8), "pairs .8. must be a square"),
         (lambda: CompositionalMQAR(pairs=16), "must be at least 6 . pairs = 96"),
