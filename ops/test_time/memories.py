@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from mneme.ops.options import require_choice, scaled_width
 
 Linear = Callable[[int, Tensor], Tensor]
-"""`linear(l, x)`: rows x through map l, however it is made up."""
+"""`linear(l, x)`: rows x through weight l, however it is made up."""
 Product = Callable[[Tensor, Tensor], Tensor]
 Error = Callable[[Tensor], Tensor]
 """From predictions `[M, R, V]` to the objective's derivative there."""
